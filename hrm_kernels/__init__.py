@@ -1,0 +1,23 @@
+"""Fused kernels for hierarchical recurrent reasoning: the L recurrence, the H update and the carry between segments.
+
+Needs torch and triton only, and knows nothing of models. Each operation is one module that holds, in this order, its
+equation, the plain-PyTorch reference (the specification), the Triton kernels, the autograd registration and the public
+function. `explain()` says which backend each function uses here and why.
+"""
+
+from hrm_kernels._backend import BackendError, Choice, explain
+from hrm_kernels.carry_update import carry_update, carry_update_reference
+from hrm_kernels.h_update import h_update, h_update_reference
+from hrm_kernels.l_recurrence import l_recurrence, l_recurrence_reference
+
+__all__ = [
+    "BackendError",
+    "Choice",
+    "carry_update",
+    "carry_update_reference",
+    "explain",
+    "h_update",
+    "h_update_reference",
+    "l_recurrence",
+    "l_recurrence_reference",
+]
