@@ -1,0 +1,183 @@
+"""The H step's mixer: causal attention of the slow state over positions, and the key/value slots that decoding keeps.
+
+Equation (per head; q, k rotated by RoPE at their positions; k, v shared by groups of query heads):
+
+    [q, k, v] = z_H W_qkv
+    a = z_H + softmax(q k^T / sqrt(head_dim) + causal mask) v W_o
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# ---------------------------------------------------------------------------------------------------- positions
+
+
+def rotation(position_ids: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of RoPE (arXiv 2104.09864): position_ids (B, S) -> two of (B, 1, S, head_dim / 2)."""
+    exponents = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32) / head_dim
+    angles = position_ids[:, None, :, None].float() * theta**-exponents
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates the pairs (i, i + head_dim / 2) of heads (B, H, S, head_dim) by their position's angles."""
+    first, second = heads.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+# ---------------------------------------------------------------------------------------------------- slots
+
+
+class SlotCache:
+    """Keys and values of the tokens seen so far: one slot for each cycle of each segment that ran.
+
+    A slot of segment m holds, for every token, what it offers to tokens that run segment m: its own key and value of
+    that segment, or those of its last one (same cycle) where it halted before. A slot that no call has needed yet
+    would be a copy of the deepest one, so it is made when first written.
+
+    Buffers are (cycles, 2, B, kv_heads, capacity, head_dim), one a segment; capacity doubles as tokens arrive.
+    """
+
+    def __init__(self) -> None:
+        self.length = 0
+        self._segments: list[Tensor] = []
+
+    @property
+    def depth(self) -> int:
+        """Segments that have slots."""
+        return len(self._segments)
+
+    def extend(self, segment: int, cycle: int, cycles: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes the tokens of this call behind those of `length` and returns all keys and values of the slot.
+
+        keys, values: (B, kv_heads, S, head_dim) -> two of (B, kv_heads, length + S, head_dim).
+        """
+        end = self.length + keys.shape[2]
+        buffer = self._buffer(segment, cycles, keys, end)
+        buffer[cycle, 0, :, :, self.length : end] = keys
+        buffer[cycle, 1, :, :, self.length : end] = values
+        return buffer[cycle, 0, :, :, :end], buffer[cycle, 1, :, :, :end]
+
+    def commit(self, tokens: int, ran: int) -> None:
+        """Ends a call: the `tokens` that ran `ran` segments offer the last one's entries in all deeper slots."""
+        new = slice(self.length, self.length + tokens)
+        for segment in range(ran, self.depth):
+            self._segments[segment] = self._grown(self._segments[segment], new.stop)
+            self._segments[segment][..., new, :] = self._segments[ran - 1][..., new, :]
+        self.length = new.stop
+
+    def select(self, rows: Tensor) -> None:
+        """Keeps the batch rows `rows` (int64), in that order."""
+        self._segments = [buffer.index_select(2, rows.to(buffer.device)) for buffer in self._segments]
+
+    def repeat(self, times: int) -> None:
+        """Repeats every batch row `times` times, neighbours together."""
+        self._segments = [buffer.repeat_interleave(times, dim=2) for buffer in self._segments]
+
+    def crop(self, tokens: int) -> None:
+        """Forgets the last `tokens` tokens."""
+        self.length = max(0, self.length - tokens)
+
+    def clear(self) -> None:
+        """Forgets everything."""
+        self.length = 0
+        self._segments = []
+
+    def _buffer(self, segment: int, cycles: int, like: Tensor, end: int) -> Tensor:
+        if segment == self.depth:
+            batch, heads, _, size = like.shape
+            fresh = self._segments[-1].clone() if self.depth else like.new_empty(cycles, 2, batch, heads, 0, size)
+            self._segments.append(fresh)
+        self._segments[segment] = self._grown(self._segments[segment], end)
+        return self._segments[segment]
+
+    def _grown(self, buffer: Tensor, end: int) -> Tensor:
+        if buffer.shape[-2] >= end:
+            return buffer
+        bigger = buffer.new_empty(*buffer.shape[:-2], max(end, 2 * buffer.shape[-2]), buffer.shape[-1])
+        bigger[..., : self.length, :] = buffer[..., : self.length, :]
+        return bigger
+
+
+# ---------------------------------------------------------------------------------------------------- mixer
+
+
+@dataclass
+class Mixing:
+    """What the mixer needs to know about one forward pass, the same for all its segments and cycles."""
+
+    cos: Tensor  # (B, 1, S, head_dim / 2)
+    sin: Tensor  # (B, 1, S, head_dim / 2)
+    mask: Tensor | None  # (B, 1, S, past + S) bool, True where a query may look; None: causal, nothing hidden
+    causal: bool  # with mask None: whether a query sees only keys up to its own
+    cache: SlotCache | None
+    segment: int = 0
+    active: Tensor | None = None  # (B, S) bool, the tokens that have not halted; None: all
+    offered: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # cycle -> what this call's tokens offer
+
+    def offer(self, cycle: int, cycles: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values to attend to in this cycle; halted tokens go on offering those of their last segment."""
+        if self.active is not None and cycle in self.offered:
+            active = self.active[:, None, :, None]
+            old_keys, old_values = self.offered[cycle]
+            keys, values = torch.where(active, keys, old_keys), torch.where(active, values, old_values)
+        if self.active is not None:
+            self.offered[cycle] = (keys, values)
+        if self.cache is None:
+            return keys, values
+        return self.cache.extend(self.segment, cycle, cycles, keys, values)
+
+
+def visible(attention_mask: Tensor | None, batch: int, tokens: int, past: int, device: torch.device) -> Tensor | None:
+    """Mask (B, 1, tokens, past + tokens) of the keys each query may see; None where causality alone decides.
+
+    Every query sees itself, so that a row of padding has no empty softmax. Padding on the right needs no mask: what
+    lies behind a token is hidden from it anyway.
+    """
+    if past == 0 and (attention_mask is None or _only_right_padding(attention_mask)):
+        return None
+    if tokens == 1 and attention_mask is None:
+        return None
+    keys = torch.arange(past + tokens, device=device)
+    queries = keys[past:, None]
+    seen = (keys <= queries)[None]
+    if attention_mask is not None:
+        seen = seen & attention_mask[:, None, :].bool() | (keys == queries)
+    return seen.expand(batch, tokens, past + tokens)[:, None]
+
+
+def _only_right_padding(attention_mask: Tensor) -> bool:
+    if torch.compiler.is_compiling():  # the answer depends on data: a compiled graph takes the general path
+        return False
+    return not bool((attention_mask[:, 1:] > attention_mask[:, :-1]).any())
+
+
+def mix(
+    z: Tensor,  # (B * S, d_h)
+    w_qkv: Tensor,  # (d_h, (heads + 2 kv_heads) * head_dim)
+    w_o: Tensor,  # (d_h, d_h)
+    heads: int,
+    mixing: Mixing,
+    cycle: int,
+    cycles: int,
+) -> Tensor:
+    """z + Attn(z), the `a` of the H step: (B * S, d_h)."""
+    batch, _, tokens, half = mixing.cos.shape
+    qkv = (z @ w_qkv).view(batch, tokens, -1, 2 * half).transpose(1, 2)
+    queries, keys, values = qkv.split([heads, *[(qkv.shape[1] - heads) // 2] * 2], dim=1)
+    queries, keys = (rotate(part, mixing.cos, mixing.sin) for part in (queries, keys))
+    keys, values = mixing.offer(cycle, cycles, keys, values)
+    mixed = F.scaled_dot_product_attention(
+        queries,
+        keys,
+        values,
+        attn_mask=mixing.mask,
+        is_causal=mixing.causal and mixing.mask is None,
+        enable_gqa=keys.shape[1] != heads,
+    )
+    return torch.addmm(z, mixed.transpose(1, 2).reshape(z.shape), w_o)

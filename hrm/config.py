@@ -1,0 +1,149 @@
+"""Settings of the HRM core: one validated dataclass that JSON can hold."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def from_mapping(kind: type[T], values: Mapping[str, Any]) -> T:
+    """Builds the dataclass `kind` from `values`; an unknown key is an error that names the nearest field."""
+    known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    for key in values:
+        if key not in known:
+            nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
+            raise ValueError(f"{kind.__name__} has no field {key!r}; the nearest is {nearest!r}")
+    return kind(**values)
+
+
+@dataclass
+class HRMConfig:
+    """What an `HRMCore` is made of and how it runs; equations and letters as in docs/equations.md.
+
+    Every field has a default; a wrong value raises a ValueError that names the field, what it was and what is allowed.
+    """
+
+    hidden_size: int = 2048
+    """d, the backbone's width; `HRMGemmaForCausalLM.from_backbone` fills it in."""
+    d_l: int = 2048
+    """Width of the fast state z_L, a multiple of `head_size`."""
+    d_h: int = 4096
+    """Width of the slow state z_H, a multiple of `head_size`."""
+    head_size: int = 64
+    """D, the size of one head of the block-diagonal weights; the Triton kernels go up to 64."""
+    h_cycles: int = 4
+    """N, cycles in a segment (one H step each)."""
+    l_steps: int = 8
+    """T, L steps in a cycle."""
+    grad_cycles: int = 1
+    """How many of the last cycles carry gradient, 1 to `h_cycles`."""
+    grad_l_steps: int = 1
+    """How many of the last L steps of such a cycle carry gradient, 1 to `l_steps`."""
+    l_reset: str = "carry"
+    """What z_L starts a cycle from: "carry" (the last cycle's) or "init" (its initial state)."""
+    h_mixer: str = "attention"
+    """How positions mix in the H step: "attention" (causal, RoPE) or "none"."""
+    attn_heads: int | None = None
+    """Query heads of the mixer; None: d_h // 64, at least 1."""
+    attn_kv_heads: int | None = None
+    """Key/value heads of the mixer, a divisor of `attn_heads`; None: an eighth of them, at least 1."""
+    rope_theta: float = 10000.0
+    """Base of the mixer's rotary position embedding."""
+    segments: int = 1
+    """M, segments of a forward pass without ACT where the call names no number."""
+    max_segments: int = 1
+    """The most segments a row may run under ACT; raised to `segments` where it is below."""
+    act: bool = False
+    """Adaptive computation time: the Q head decides after each segment who goes on."""
+    q_loss_weight: float = 0.5
+    """Weight of the Q head's loss beside the language model's."""
+    norm_eps: float = 1e-6
+    """eps of every RMS norm."""
+    fused: bool | str = "auto"
+    """True: Triton kernels or an error; False: plain PyTorch; "auto": Triton on CUDA, else plain PyTorch."""
+
+    def __post_init__(self) -> None:
+        self._fill_in()
+        self._check_numbers()
+        self._check_choices()
+        self._check_sizes()
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> HRMConfig:
+        """Inverse of `to_dict`; an unknown key raises a ValueError that names the nearest field."""
+        return from_mapping(cls, values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, JSON-serialisable."""
+        return asdict(self)
+
+    def _fill_in(self) -> None:
+        for name in ("d_h", "segments", "max_segments", "attn_heads"):  # what the lines below compute with
+            if getattr(self, name) is not None:
+                self._check_count(name)
+        if self.attn_heads is None:
+            self.attn_heads = max(1, self.d_h // 64)
+        if self.attn_kv_heads is None:
+            self.attn_kv_heads = max(1, self.attn_heads // 8)
+        self.max_segments = max(self.segments, self.max_segments)
+
+    def _check_numbers(self) -> None:
+        for name in (
+            "hidden_size",
+            "d_l",
+            "head_size",
+            "h_cycles",
+            "l_steps",
+            "grad_cycles",
+            "grad_l_steps",
+            "attn_kv_heads",
+        ):
+            self._check_count(name)
+        for name, limit in (("grad_cycles", "h_cycles"), ("grad_l_steps", "l_steps")):
+            if getattr(self, name) > getattr(self, limit):
+                self._fail(name, f"from 1 to {limit} = {getattr(self, limit)}")
+        for name in ("rope_theta", "norm_eps"):
+            if not (self._is_number(name) and getattr(self, name) > 0):
+                self._fail(name, "a number above 0")
+        if not (self._is_number("q_loss_weight") and self.q_loss_weight >= 0):
+            self._fail("q_loss_weight", "a number, at least 0")
+
+    def _check_choices(self) -> None:
+        if self.l_reset not in ("carry", "init"):
+            self._fail("l_reset", "'carry' or 'init'")
+        if self.h_mixer not in ("attention", "none"):
+            self._fail("h_mixer", "'attention' or 'none'")
+        if not isinstance(self.act, bool):
+            self._fail("act", "True or False")
+        check_fused(self.fused)
+
+    def _check_sizes(self) -> None:
+        for name in ("d_l", "d_h"):
+            if getattr(self, name) % self.head_size:
+                self._fail(name, f"a multiple of head_size = {self.head_size}")
+        assert self.attn_heads is not None and self.attn_kv_heads is not None  # filled in above
+        if self.d_h % (2 * self.attn_heads):
+            self._fail("attn_heads", f"a number that cuts d_h = {self.d_h} into heads of an even size")
+        if self.attn_heads % self.attn_kv_heads:
+            self._fail("attn_kv_heads", f"a divisor of attn_heads = {self.attn_heads}")
+
+    def _is_number(self, name: str) -> bool:
+        return isinstance(getattr(self, name), int | float) and not isinstance(getattr(self, name), bool)
+
+    def _check_count(self, name: str) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            self._fail(name, "a whole number, at least 1")
+
+    def _fail(self, name: str, should: str) -> None:
+        raise ValueError(f"HRMConfig: {name} is {getattr(self, name)!r}; it should be {should}")
+
+
+def check_fused(fused: object) -> None:
+    """`fused` is True, False or "auto"; a ValueError else."""
+    if not isinstance(fused, bool) and fused != "auto":
+        raise ValueError(f"HRMConfig: fused is {fused!r}; it should be True, False or 'auto'")

@@ -1,0 +1,392 @@
+"""The HRM core: two recurrent states, their schedule, halting, and the carry between segments (docs/equations.md)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import hrm_kernels
+from hrm.attention import Mixing, SlotCache, mix, rotation, visible
+from hrm.config import HRMConfig, check_fused
+
+Q_BIAS = -5.0  # both Q values start near "no": sigmoid(-5) < 1 %, so an untrained core never halts early
+BACKENDS = {True: "triton", False: "reference", "auto": "auto"}
+
+
+class HRMCarry(NamedTuple):
+    """The states that one forward pass hands to the next; nothing in it carries a graph.
+
+    Rows that halted are already back at the initial state with zero steps: replace their tokens and go on.
+    """
+
+    z_l: Tensor  # (B, S, d_l)
+    z_h: Tensor  # (B, S, d_h)
+    steps: Tensor  # (B,) int32, segments that each row has run
+    halted: Tensor  # (B,) bool
+
+
+@dataclass
+class Segment:
+    """What one segment hands to the outside; gradients flow through `z_h` and `q`."""
+
+    z_h: Tensor  # (B, S, d_h), the slow state that the read-out sees
+    q: Tensor  # (B, S, 2), float32: halt, go on
+    active: Tensor  # (B, S) bool: real tokens whose row (or which themselves) had not halted before this segment
+
+
+class CoreOutput(NamedTuple):
+    """What `HRMCore.forward` returns."""
+
+    segments: list[Segment]
+    z_h: Tensor  # (B, S, d_h), each token's slow state after its own last segment
+    carry: HRMCarry
+    segments_used: Tensor  # (B, S) int32, segments that each token ran in this call; 0 for padding
+    residuals: Tensor  # (M, 2) float32, mean relative change of z_L and z_H in each segment over its active tokens
+
+
+class HRMCore(nn.Module):
+    """Refines a sequence of hidden states x by N x T recurrent steps a segment.
+
+    Source: arXiv 2506.21734, section 2, with the gated cell of docs/equations.md.
+
+    Parameters (row-vector @ weight): w_x (d, 2 d_l), w_c (d_h, 2 d_l), b_c (2 d_l,), r_gate, r_up, r_down
+    (d_l / D, D, D), w_l (d_l, 3 d_h), b_h (3 d_h,), r_h (3, d_h / D, D, D), w_qkv and w_o of the mixer, w_out
+    (d_h, d) zeros, w_q (d_h, 2) zeros, b_q (2,) -5. Buffers: z_l_init (d_l,), z_h_init (d_h,).
+    """
+
+    z_l_init: Tensor
+    z_h_init: Tensor
+
+    def __init__(self, config: HRMConfig | None = None) -> None:
+        super().__init__()
+        self.config = config = replace(config) if config is not None else HRMConfig()
+        d, d_l, d_h, size = config.hidden_size, config.d_l, config.d_h, config.head_size
+        self.w_x = _parameter(d, 2 * d_l)
+        self.w_c = _parameter(d_h, 2 * d_l)
+        self.b_c = _parameter(2 * d_l)
+        self.r_gate, self.r_up, self.r_down = (_parameter(d_l // size, size, size) for _ in range(3))
+        self.w_l = _parameter(d_l, 3 * d_h)
+        self.b_h = _parameter(3 * d_h)
+        self.r_h = _parameter(3, d_h // size, size, size)
+        if config.h_mixer == "attention":
+            kv_width = config.attn_kv_heads * self.attn_head_dim
+            self.w_qkv = _parameter(d_h, d_h + 2 * kv_width)
+            self.w_o = _parameter(d_h, d_h)
+        self.w_out = _parameter(d_h, d)
+        self.w_q = _parameter(d_h, 2)
+        self.b_q = _parameter(2)
+        self.register_buffer("z_l_init", torch.empty(d_l))
+        self.register_buffer("z_h_init", torch.empty(d_h))
+        if not config.act:  # nothing would send them a gradient, which data-parallel wrappers take for an error
+            self.w_q.requires_grad_(False)
+            self.b_q.requires_grad_(False)
+        self.reset_parameters()
+
+    # ------------------------------------------------------------------------------------------------ set-up
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws all weights and the initial states anew from torch's generator."""
+        for name, parameter in self.named_parameters():
+            if name in ("w_out", "w_q") or name.startswith("b_"):
+                nn.init.zeros_(parameter)
+            else:  # blocks are (..., fan in, fan out), like the plain matrices
+                nn.init.trunc_normal_(parameter, std=parameter.shape[-2] ** -0.5)
+        nn.init.constant_(self.b_q, Q_BIAS)
+        for init in (self.z_l_init, self.z_h_init):
+            nn.init.trunc_normal_(init, std=1.0)
+            init.copy_(self._norm(init.unflatten(-1, (-1, self.config.head_size))).flatten(-2))
+
+    @property
+    def attn_head_dim(self) -> int:
+        """Size of one head of the mixer."""
+        assert self.config.attn_heads is not None
+        return self.config.d_h // self.config.attn_heads
+
+    @property
+    def fused(self) -> bool | str:
+        """Which kernels run: True (Triton, or an error), False (plain PyTorch) or "auto"; may be set at any time."""
+        return self.config.fused
+
+    @fused.setter
+    def fused(self, value: bool | str) -> None:
+        check_fused(value)
+        self.config.fused = value
+
+    @property
+    def backend(self) -> str:
+        """The backend that `fused` means to `hrm_kernels`."""
+        return BACKENDS[self.config.fused]
+
+    def explain(self) -> str:
+        """Says which backend each kernel uses on this core's device, and why; one line each."""
+        if self.fused != "auto":
+            return f"every kernel: {self.backend} (asked for: fused={self.fused})"
+        choices = hrm_kernels.explain(self.w_x.device, head_size=self.config.head_size)
+        return "\n".join(map(str, choices))
+
+    def extra_repr(self) -> str:
+        c = self.config
+        return f"d_l={c.d_l}, d_h={c.d_h}, h_cycles={c.h_cycles}, l_steps={c.l_steps}, fused={c.fused!r}"
+
+    # ------------------------------------------------------------------------------------------------ states
+
+    def initial_carry(
+        self,
+        rows_shape: tuple[int, int],
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> HRMCarry:
+        """A fresh carry for `rows_shape` = (B, S): the fixed initial states, expanded without a copy."""
+        device, dtype = device or self.w_x.device, dtype or self.w_x.dtype
+        return HRMCarry(
+            self.z_l_init.to(device, dtype).expand(*rows_shape, -1),
+            self.z_h_init.to(device, dtype).expand(*rows_shape, -1),
+            torch.zeros(rows_shape[0], dtype=torch.int32, device=device),
+            torch.zeros(rows_shape[0], dtype=torch.bool, device=device),
+        )
+
+    def check_carry(
+        self, carry: HRMCarry, rows_shape: tuple[int, int], device: torch.device, dtype: torch.dtype
+    ) -> None:
+        """Raises a ValueError that names the part of `carry` that does not fit, or that holds a NaN or infinity."""
+        expected = self.initial_carry(rows_shape, device, dtype)
+        for name, tensor, like in zip(HRMCarry._fields, carry, expected, strict=True):
+            for what in ("shape", "dtype", "device"):
+                was, should = getattr(tensor, what), getattr(like, what)
+                if was != should:
+                    raise ValueError(f"carry.{name}.{what} is {_text(was)}; it should be {_text(should)}")
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise ValueError(f"carry.{name} holds NaN or infinite values; it should be finite")
+
+    # ------------------------------------------------------------------------------------------------ the recurrence
+
+    def forward(
+        self,
+        h: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        carry: HRMCarry | None = None,
+        segments: int | None = None,
+        counted: Tensor | None = None,
+        cache: SlotCache | None = None,
+    ) -> CoreOutput:
+        """Runs up to `segments` segments on the hidden states `h`.
+
+        Halting (only with `config.act`): in training a row halts when its mean of q_halt - q_continue over the tokens
+        of `counted` is above 0; in evaluation each token halts by its own two values; at `max_segments` all do.
+
+        Args:
+            h: (B, S, d) the backbone's last hidden state, after its final norm.
+            attention_mask: (B, past + S), nonzero for real tokens; None: all are.
+            position_ids: (B, S) for the mixer's RoPE; None: counted from the mask.
+            carry: states to go on from; None: fresh ones.
+            segments: None: `config.segments`, or with ACT as many as halting asks for. In evaluation a number runs
+                exactly that many; in training with ACT it is the most that this call may run.
+            counted: (B, S) bool, tokens that decide whether a row halts in training; None: all real ones.
+            cache: slots of the tokens before these; this call's are added.
+        """
+        dtype = _compute_dtype(self, h)
+        real = _real_tokens(attention_mask, h)
+        if carry is None:
+            carry = self.initial_carry((h.shape[0], h.shape[1]), h.device, dtype)
+        else:
+            self.check_carry(carry, (h.shape[0], h.shape[1]), h.device, dtype)
+        with torch.autocast(h.device.type, enabled=False):
+            weights = self._weights(dtype)
+            context = self.input_context(h, weights)
+            mixing = self._mixing(attention_mask, position_ids, h, cache, dtype)
+            return self._run(context, carry, weights, mixing, real, segments, counted)
+
+    def input_context(self, h: Tensor, weights: SimpleNamespace | None = None) -> Tensor:
+        """x W_x + b_c with x = rms_norm(h): (B, S, d) -> (B * S, 2 d_l), what all cycles and segments share."""
+        weights = weights or self._weights(_compute_dtype(self, h))
+        x = self._norm(h).to(weights.w_x.dtype).flatten(0, -2)
+        return torch.addmm(weights.b_c, x, weights.w_x)
+
+    def segment(
+        self, context: Tensor, z_l: Tensor, z_h: Tensor, weights: SimpleNamespace, mixing: Mixing | None
+    ) -> tuple[Tensor, Tensor]:
+        """One segment: N cycles of T L steps and one H step; the last `grad_cycles` carry gradient.
+
+        context (n, 2 d_l) from `input_context`, z_l (n, d_l), z_h (n, d_h) -> new z_l, z_h, for n = B * S tokens.
+        """
+        for cycle in range(self.config.h_cycles):
+            differentiate = torch.is_grad_enabled() and cycle >= self.config.h_cycles - self.config.grad_cycles
+            with torch.set_grad_enabled(differentiate):
+                z_l, z_h = self._cycle(cycle, context, z_l, z_h, weights, mixing, differentiate)
+        return z_l, z_h
+
+    def _cycle(
+        self,
+        cycle: int,
+        context: Tensor,
+        z_l: Tensor,
+        z_h: Tensor,
+        weights: SimpleNamespace,
+        mixing: Mixing | None,
+        differentiate: bool,
+    ) -> tuple[Tensor, Tensor]:
+        config = self.config
+        if config.l_reset == "init":
+            z_l = weights.z_l_init.expand_as(z_l)
+        z_l = hrm_kernels.l_recurrence(
+            z_l,
+            torch.addmm(context, z_h, weights.w_c),
+            weights.r_gate,
+            weights.r_up,
+            weights.r_down,
+            steps=config.l_steps,
+            grad_steps=config.grad_l_steps if differentiate else 1,
+            eps=config.norm_eps,
+            backend=self.backend,
+        )
+        if mixing is not None:
+            z_h = mix(z_h, weights.w_qkv, weights.w_o, config.attn_heads, mixing, cycle, config.h_cycles)
+        inputs = torch.addmm(weights.b_h, z_l, weights.w_l)
+        return z_l, hrm_kernels.h_update(z_h, inputs, weights.r_h, eps=config.norm_eps, backend=self.backend)
+
+    def read_out(self, h: Tensor, z_h: Tensor) -> Tensor:
+        """h + z_H W_out in the dtype of h: (..., d), (..., d_h) -> (..., d)."""
+        with torch.autocast(h.device.type, enabled=False):
+            return h + (z_h @ self.w_out.to(z_h.dtype)).to(h.dtype)
+
+    # ------------------------------------------------------------------------------------------------ segments
+
+    def _run(
+        self,
+        context: Tensor,
+        carry: HRMCarry,
+        weights: SimpleNamespace,
+        mixing: Mixing | None,
+        real: Tensor,
+        segments: int | None,
+        counted: Tensor | None,
+    ) -> CoreOutput:
+        halting = self.config.act and (self.training or segments is None)
+        limit = segments or (self.config.max_segments if halting else self.config.segments)
+        z_l, z_h = carry.z_l.flatten(0, 1), carry.z_h.flatten(0, 1)
+        steps = carry.steps[:, None].expand(real.shape)
+        halted = torch.zeros_like(real)
+        used = torch.zeros_like(real, dtype=torch.int32)
+        done: list[Segment] = []
+        residuals, out = [], z_h.view(*real.shape, -1)
+        for index in range(limit):
+            active = real & ~halted
+            if mixing is not None:
+                mixing.segment, mixing.active = index, active if halting and not self.training else None
+            new_l, new_h = self.segment(context, z_l, z_h, weights, mixing)
+            done.append(Segment(new_h.view_as(out), self._q(new_h, weights).view(*real.shape, 2), active))
+            out = torch.where(active[..., None], done[-1].z_h, out) if halting else done[-1].z_h
+            used = used + active
+            if halting:
+                halted = halted | self._stops(done[-1].q, steps + 1, real if counted is None else counted)
+            restart = (halted | ~real).all(1, keepdim=True).expand(real.shape) & halting
+            z_l, z_h, steps, moved = self._hand_over(restart, steps, (z_l, z_h), (new_l, new_h), weights)
+            residuals.append(_mean(moved, real & ~restart))
+            if halting and not (real & ~halted).any():
+                break
+        if mixing is not None and mixing.cache is not None:
+            mixing.cache.commit(real.shape[1], len(done))
+        carry = HRMCarry(z_l.view(*real.shape, -1), z_h.view_as(out), steps[:, 0].contiguous(), restart[:, 0].clone())
+        return CoreOutput(done, out, carry, used, torch.stack(residuals))
+
+    @staticmethod
+    def _q(z_h: Tensor, weights: SimpleNamespace) -> Tensor:
+        return torch.addmm(weights.b_q, z_h, weights.w_q).float()
+
+    @torch.no_grad()
+    def _stops(self, q: Tensor, steps: Tensor, counted: Tensor) -> Tensor:
+        """(B, S) bool: who halts after this segment, by row in training and by token in evaluation."""
+        margin = q[..., 0] - q[..., 1]
+        if self.training:  # a row in which nothing counts has nothing to go on for
+            share = (margin * counted).sum(1, keepdim=True)
+            margin = torch.where(counted.any(1, keepdim=True), share, 1.0).expand_as(margin)
+        return (margin > 0) | (steps >= self.config.max_segments)
+
+    def _hand_over(
+        self,
+        restart: Tensor,
+        steps: Tensor,
+        old: tuple[Tensor, Tensor],
+        new: tuple[Tensor, Tensor],
+        weights: SimpleNamespace,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The states and steps to go on with, without graph, and how far each token's two states moved (B, S, 2)."""
+        states, moved = [], []
+        rows, counts = restart.flatten(), steps.flatten()
+        for before, after, init in zip(old, new, (weights.z_l_init, weights.z_h_init), strict=True):
+            state, counts_now, residual = hrm_kernels.carry_update(
+                rows, counts, before, after.detach(), init, backend=self.backend
+            )
+            states.append(state)
+            moved.append(residual.view(restart.shape))
+        return *states, counts_now.view(restart.shape), torch.stack(moved, dim=-1)
+
+    # ------------------------------------------------------------------------------------------------ helpers
+
+    def _weights(self, dtype: torch.dtype) -> SimpleNamespace:
+        """All parameters and initial states in `dtype`: cast once a forward pass, with graph, for all its cycles."""
+        tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        return SimpleNamespace(**{name: tensor.to(dtype) for name, tensor in tensors.items()})
+
+    def _mixing(
+        self,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        h: Tensor,
+        cache: SlotCache | None,
+        dtype: torch.dtype,
+    ) -> Mixing | None:
+        if self.config.h_mixer == "none":
+            return None
+        batch, tokens, _ = h.shape
+        past = cache.length if cache is not None else 0
+        if position_ids is None:
+            position_ids = _positions(attention_mask, batch, tokens, past, h.device)
+        cos, sin = rotation(position_ids.expand(batch, tokens), self.attn_head_dim, self.config.rope_theta, dtype)
+        mask = visible(attention_mask, batch, tokens, past, h.device)
+        return Mixing(cos, sin, mask, causal=past == 0, cache=cache)
+
+    def _norm(self, values: Tensor) -> Tensor:
+        """RMS norm over the last dimension without weight, statistics in float32."""
+        return F.rms_norm(values.float(), values.shape[-1:], eps=self.config.norm_eps).to(values.dtype)
+
+
+def _parameter(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape))
+
+
+def _compute_dtype(core: HRMCore, h: Tensor) -> torch.dtype:
+    """What the recurrence runs in: the autocast dtype where autocast is on, else that of the core's weights."""
+    if torch.is_autocast_enabled(h.device.type):
+        return torch.get_autocast_dtype(h.device.type)
+    return core.w_x.dtype
+
+
+def _real_tokens(attention_mask: Tensor | None, h: Tensor) -> Tensor:
+    if attention_mask is None:
+        return torch.ones(h.shape[:2], dtype=torch.bool, device=h.device)
+    return attention_mask[:, -h.shape[1] :].bool()
+
+
+def _positions(mask: Tensor | None, batch: int, tokens: int, past: int, device: torch.device) -> Tensor:
+    """(B, S) positions of the last `tokens` tokens, counted over real ones as Hugging Face counts them."""
+    if mask is None:
+        return torch.arange(past, past + tokens, device=device).expand(batch, -1)
+    return (mask.long().cumsum(-1) - 1).clamp_min(0)[:, -tokens:]
+
+
+def _mean(values: Tensor, where: Tensor) -> Tensor:
+    """Mean of (B, S, k) over the tokens of `where` (B, S); 0 where there are none."""
+    return (values * where[..., None]).sum((0, 1)) / where.sum().clamp_min(1)
+
+
+def _text(value: object) -> str:
+    return str(tuple(value)) if isinstance(value, torch.Size) else str(value)

@@ -1,0 +1,109 @@
+"""Two LoRA adapters on a frozen decoder: "low" on its attention projections, "high" on its FFN projections."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from hrm.config import from_mapping
+
+# Names that decoders in transformers give their projections; two parts where one alone would be ambiguous.
+ATTENTION = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "qkv_proj",
+    "self_attn.out_proj",
+    "self_attn.dense",
+    "query_key_value",
+    "attention.dense",
+    "self_attention.dense",
+)
+FFN = (
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+    "gate_up_proj",
+    "fc1",
+    "fc2",
+    "mlp.c_fc",
+    "mlp.c_proj",
+    "dense_h_to_4h",
+    "dense_4h_to_h",
+)
+
+
+@dataclass
+class AdapterConfig:
+    """Sizes of the two adapters; alpha equals the rank, so that neither needs a learning rate of its own."""
+
+    low_rank: int = 32
+    high_rank: int = 64
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("low_rank", "high_rank"):
+            rank = getattr(self, name)
+            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+                raise ValueError(f"AdapterConfig: {name} is {rank!r}; it should be a whole number, at least 1")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"AdapterConfig: dropout is {self.dropout!r}; it should be from 0 to below 1")
+
+    @classmethod
+    def resolve(cls, lora: bool | Mapping[str, Any] | None) -> dict[str, Any] | None:
+        """What a config stores for `lora`: True the defaults, False or None no adapters, a mapping its values."""
+        if lora is None or lora is False:
+            return None
+        return asdict(cls() if lora is True else from_mapping(cls, lora))
+
+
+def add_adapters(decoder: nn.Module, config: AdapterConfig) -> None:
+    """Injects both adapters into `decoder` in place; both are active and trainable.
+
+    Raises:
+        ValueError: `decoder` has no attention or no FFN projection that can be found; the message lists what it has.
+    """
+    targets = {
+        "low": (config.low_rank, _find(decoder, ATTENTION, "attention")),
+        "high": (config.high_rank, _find(decoder, FFN, "FFN")),
+    }
+    for name, (rank, modules) in targets.items():
+        lora = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=config.dropout, target_modules=modules)
+        inject_adapter_in_model(lora, decoder, adapter_name=name)
+    for layer in _lora_layers(decoder):
+        layer.set_adapter(list(layer.r))  # injecting an adapter deactivates the ones before it
+        for part in layer.modules():
+            part._is_hf_initialized = True  # PEFT has drawn the weights; transformers must not draw them again
+
+
+def merge_adapters(decoder: nn.Module) -> None:
+    """Adds both adapters to the weights they adapt and takes their layers out, in place."""
+    for name, layer in list(decoder.named_modules()):
+        if isinstance(layer, BaseTunerLayer):
+            layer.merge(safe_merge=True)
+            parent, _, child = name.rpartition(".")
+            setattr(decoder.get_submodule(parent), child, layer.get_base_layer())
+
+
+def _lora_layers(module: nn.Module) -> Iterable[LoraLayer]:
+    return (layer for layer in module.modules() if isinstance(layer, LoraLayer))
+
+
+def _find(decoder: nn.Module, names: tuple[str, ...], kind: str) -> list[str]:
+    """The endings among `names` that linear modules of `decoder` have."""
+    linear = [name for name, module in decoder.named_modules() if isinstance(module, nn.Linear)]
+    found = [ending for ending in names if any(f".{name}".endswith(f".{ending}") for name in linear)]
+    if not found:
+        endings = ", ".join(sorted({name.rpartition(".")[2] for name in linear})) or "none"
+        raise ValueError(
+            f"lora: no {kind} projection found in {type(decoder).__name__}; looked for {', '.join(names)}; "
+            f"its linear modules are: {endings}. Pass lora=False to go without adapters."
+        )
+    return found

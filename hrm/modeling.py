@@ -1,0 +1,424 @@
+"""HRM on a pretrained decoder: a `PreTrainedModel` that trains, saves, loads and generates like any other."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import ModelOutput
+from transformers.utils import can_return_tuple
+
+from hrm.attention import SlotCache
+from hrm.config import HRMConfig
+from hrm.core import CoreOutput, HRMCarry, HRMCore
+from hrm.lora import AdapterConfig, add_adapters, merge_adapters
+from hrm.loss import linear_cross_entropy
+from hrm.saving import save_atomically
+
+IGNORED = -100  # label of a position that is not scored
+
+
+class HRMGemmaConfig(PreTrainedConfig):
+    """Settings of the combined model.
+
+    Args:
+        backbone: config of any Hugging Face causal language model, or its dict with a `model_type`.
+        hrm: settings of the core, an `HRMConfig` or its dict; None: the defaults at the backbone's width.
+        lora: True (two adapters of ranks 32 and 64), False or None (none), or a dict of `AdapterConfig`'s fields.
+    """
+
+    model_type = "hrm_gemma"
+    sub_configs = {"backbone": AutoConfig}  # noqa: RUF012 (transformers reads the class attribute)
+    keys_to_ignore_at_inference = ["past_key_values", "carry", "segment_losses", "q_loss"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        backbone: PreTrainedConfig | Mapping[str, Any] | None = None,
+        hrm: HRMConfig | Mapping[str, Any] | None = None,
+        lora: bool | Mapping[str, Any] | None = True,
+        **kwargs: Any,
+    ) -> None:
+        if backbone is None:
+            backbone = {"model_type": "gemma3n_text"}
+        if not isinstance(backbone, PreTrainedConfig):
+            backbone = AutoConfig.for_model(**backbone)
+        self.backbone = backbone
+        width = self.get_text_config().hidden_size
+        settings = hrm.to_dict() if isinstance(hrm, HRMConfig) else dict(hrm or {})
+        self.hrm = HRMConfig.from_dict({**settings, "hidden_size": width}).to_dict()
+        self.lora = AdapterConfig.resolve(lora)
+        kwargs.setdefault("tie_word_embeddings", False)  # the backbone ties its own
+        super().__init__(**kwargs)
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
+        """The backbone's: its sizes are what generation and caches ask for."""
+        return self.backbone.get_text_config(decoder=decoder, encoder=encoder)
+
+
+@dataclass
+class HRMOutput(ModelOutput):
+    """What `HRMGemmaForCausalLM.forward` returns; M segments ran on B rows of S tokens."""
+
+    loss: Tensor | None = None  # () mean over the segments' losses, with the Q head's under ACT
+    logits: Tensor | None = None  # (B, kept, vocabulary); None where labels were given and no logits asked for
+    past_key_values: Cache | None = None
+    carry: HRMCarry | None = None
+    segment_losses: Tensor | None = None  # (M,) float32, detached
+    q_loss: Tensor | None = None  # () float32, under ACT with labels
+    segments_used: Tensor | None = None  # () float32, mean over real tokens
+    token_segments: Tensor | None = None  # (B, S) int32, segments that each token ran; 0 for padding
+    residuals: Tensor | None = None  # (M, 2) float32, mean relative change of z_L and z_H in each segment
+    hidden_states: tuple[Tensor, ...] | None = None  # the backbone's
+    attentions: tuple[Tensor, ...] | None = None  # the backbone's
+
+
+class HRMCache(DynamicCache):
+    """The backbone's cache together with the core's slots, so that both are reordered and cropped as one."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config=config)
+        self.slots = SlotCache()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self.slots.select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.slots.select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self.slots.repeat(repeats)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        self.slots.crop(tokens_to_remove)
+
+    def reset(self) -> None:
+        super().reset()
+        self.slots.clear()
+
+
+class HRMGemmaForCausalLM(PreTrainedModel, GenerationMixin):
+    """A frozen causal language model whose last hidden state an HRM core refines before the head reads it.
+
+    `backbone` is the language model, with LoRA layers where `config.lora` says so; `hrm` is the `HRMCore`. Until it is
+    trained the model equals its backbone bit for bit.
+    """
+
+    config_class = HRMGemmaConfig
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False  # each segment's loss is a mean: Trainer divides it by its accumulation steps
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    # the parts that train stay in float32 whatever the backbone is loaded in; `model.to(dtype)` casts them too
+    _keep_in_fp32_modules_strict = {"hrm", "lora_A", "lora_B"}  # noqa: RUF012
+
+    def __init__(self, config: HRMGemmaConfig, backbone: PreTrainedModel | None = None) -> None:
+        super().__init__(config)
+        self.backbone = AutoModelForCausalLM.from_config(config.backbone) if backbone is None else backbone
+        if config.lora is not None:
+            add_adapters(self.backbone.get_decoder(), AdapterConfig(**config.lora))
+        self.hrm = HRMCore(HRMConfig.from_dict(config.hrm))
+        self.post_init()
+        self._freeze_backbone()
+
+    # ------------------------------------------------------------------------------------------------ making one
+
+    @classmethod
+    def from_backbone(
+        cls,
+        model_or_path: PreTrainedModel | str | os.PathLike,
+        *,
+        hrm: HRMConfig | Mapping[str, Any] | None = None,
+        lora: bool | Mapping[str, Any] | None = True,
+        dtype: torch.dtype | str | None = None,
+        **from_pretrained_kwargs: Any,
+    ) -> HRMGemmaForCausalLM:
+        """Puts a fresh core, and adapters, on a pretrained language model, whose own weights are frozen.
+
+        Args:
+            model_or_path: a causal language model (taken over, not copied), or a path or name to load one from.
+            hrm: settings of the core; its `hidden_size` is taken from the backbone.
+            lora: True, False, or a dict of `AdapterConfig`'s fields.
+            dtype: of the backbone; None leaves it as it is stored. The core and the adapters are float32.
+            from_pretrained_kwargs: passed to `AutoModelForCausalLM.from_pretrained` with a path.
+        """
+        if isinstance(model_or_path, PreTrainedModel):
+            if from_pretrained_kwargs:
+                raise ValueError(f"from_backbone: {sorted(from_pretrained_kwargs)} are for loading; a model was given")
+            backbone = model_or_path if dtype is None else model_or_path.to(dtype)
+        else:
+            backbone = AutoModelForCausalLM.from_pretrained(
+                model_or_path, dtype=dtype or "auto", **from_pretrained_kwargs
+            )
+        model = cls(HRMGemmaConfig(backbone=backbone.config, hrm=hrm, lora=lora), backbone=backbone)
+        model.hrm.to(backbone.device)
+        model.generation_config = backbone.generation_config
+        model.train(backbone.training)
+        return model
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """Loads what `save_pretrained` wrote; unlike transformers' default, a tensor missing or too many is an error.
+
+        Raises:
+            RuntimeError: the checkpoint lacks tensors of the model, or holds others; the message lists them.
+        """
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        problems = [
+            f"{kind}: {', '.join(sorted(map(str, info[key])))}"
+            for kind, key in (("missing", "missing_keys"), ("not in the model", "unexpected_keys"))
+            if info[key]
+        ]
+        if problems:
+            raise RuntimeError(f"{cls.__name__}: the checkpoint does not fit the model; {'; '.join(problems)}")
+        model._freeze_backbone()  # loading replaces parameters by trainable ones
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Writes config and safetensors; the folder holds the old checkpoint or the new one, never half of it."""
+        self.config.hrm = self.hrm.config.to_dict()
+        save_atomically(super().save_pretrained, Path(save_directory), **kwargs)
+
+    def merge_adapters(self) -> HRMGemmaForCausalLM:
+        """Adds both adapters to the backbone's weights and takes them out; returns self."""
+        merge_adapters(self.backbone.get_decoder())
+        self.config.lora = None
+        self._freeze_backbone()
+        return self
+
+    def trainable_parameters(self) -> dict[str, list[nn.Parameter]]:
+        """What trains, by part: "core", "lora_low" and "lora_high" (empty without adapters)."""
+        groups: dict[str, list[nn.Parameter]] = {"core": [], "lora_low": [], "lora_high": []}
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                groups["core" if name.startswith("hrm.") else f"lora_{name.split('.')[-2]}"].append(parameter)
+        return groups
+
+    def _freeze_backbone(self) -> None:
+        for name, parameter in self.backbone.named_parameters():
+            parameter.requires_grad_(".lora_" in name)
+        for name in ("w_q", "b_q"):
+            getattr(self.hrm, name).requires_grad_(self.hrm.config.act)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, HRMCore):
+            module.reset_parameters()
+
+    # ------------------------------------------------------------------------------------------------ embeddings
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.backbone.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.backbone.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.backbone.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.backbone.set_output_embeddings(new_embeddings)
+
+    def get_decoder(self, modality: str | None = None) -> nn.Module:
+        return self.backbone.get_decoder()
+
+    # ------------------------------------------------------------------------------------------------ forward
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        carry: HRMCarry | None = None,
+        segments: int | None = None,
+        past_key_values: HRMCache | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **backbone_kwargs: Any,
+    ) -> HRMOutput:
+        """Runs the backbone once and the core's segments on its output.
+
+        Args:
+            input_ids: (B, S) int64.
+            attention_mask: (B, past + S), nonzero for real tokens; None: all are.
+            position_ids: (B, S); None: the backbone's own default.
+            labels: (B, S) int64, the inputs themselves or -100 where not scored; shifted by one here. With labels the
+                logits are not built unless `logits_to_keep` asks for them. All ignored: the loss is 0.
+            carry: the `carry` of an earlier output of the same shape; None: fresh states.
+            segments: None: `config.hrm["segments"]`, or with ACT as many as halting asks for. In evaluation a number
+                runs exactly that many, without halting; in training with ACT it is the most that may run.
+            past_key_values: an `HRMCache` of the tokens before.
+            use_cache: True: return an `HRMCache` (no gradients); None: only where one was passed.
+            logits_to_keep: how many of the last positions, or which; 0: all. None: all without labels, none with.
+            inputs_embeds: (B, S, d) in place of `input_ids`.
+            backbone_kwargs: passed to the backbone's decoder.
+
+        Raises:
+            ValueError: an argument is not as above; the message names it.
+        """
+        past_key_values = self._cache(past_key_values, use_cache)
+        inputs = self.backbone.get_decoder()(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=past_key_values is not None,
+            **backbone_kwargs,
+        )
+        h = inputs.last_hidden_state
+        targets = None if labels is None else _targets(labels, attention_mask)
+        core = self.hrm(
+            h,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            carry=carry,
+            segments=segments,
+            counted=None if targets is None else targets != IGNORED,
+            cache=None if past_key_values is None else past_key_values.slots,
+        )
+        output = HRMOutput(
+            past_key_values=past_key_values,
+            carry=core.carry,
+            segments_used=core.segments_used.sum() / (core.segments_used > 0).sum().clamp_min(1),
+            token_segments=core.segments_used,
+            residuals=core.residuals,
+            hidden_states=inputs.hidden_states,
+            attentions=inputs.attentions,
+        )
+        if targets is not None:
+            self._add_loss(output, h, core, targets)
+        if targets is None or logits_to_keep is not None:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            kept = slice(None) if kept is None else kept
+            output.logits = self._logits(self.hrm.read_out(h[:, kept], core.z_h[:, kept]))
+        return output
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """The backbone's head and soft cap: (..., d) -> (..., vocabulary)."""
+        logits = self.backbone.get_output_embeddings()(hidden)
+        cap = getattr(self.config.get_text_config(), "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def _add_loss(self, output: HRMOutput, h: Tensor, core: CoreOutput, targets: Tensor) -> None:
+        """Each segment's mean over the scored tokens that ran it, their mean, and the Q head's loss under ACT."""
+        rows = (targets != IGNORED).flatten().nonzero().squeeze(1)
+        wanted, h = targets.flatten()[rows], h.flatten(0, 1)[rows]
+        vocabulary = self.config.get_text_config().vocab_size
+        losses, active, correct, values = [], [], [], []
+        for segment in core.segments:
+            hidden = self.hrm.read_out(h, segment.z_h.flatten(0, 1)[rows])
+            scored = linear_cross_entropy(hidden, wanted, self._logits, vocabulary)
+            weight = segment.active.flatten()[rows].float()
+            losses.append((scored.loss * weight).sum() / weight.sum().clamp_min(1))
+            active.append(weight)
+            correct.append(scored.correct)
+            values.append(segment.q.flatten(0, 1)[rows])
+        output.segment_losses = torch.stack(losses).detach()
+        output.loss = torch.stack(losses).mean()
+        if self.hrm.config.act:
+            output.q_loss = q_loss(torch.stack(values), torch.stack(correct), torch.stack(active))
+            output.loss = output.loss + self.hrm.config.q_loss_weight * output.q_loss
+
+    def _cache(self, cache: Cache | None, use_cache: bool | None) -> HRMCache | None:
+        if cache is None:
+            return HRMCache(self.config) if use_cache else None
+        if not isinstance(cache, HRMCache):
+            raise ValueError(f"past_key_values is a {type(cache).__name__}; it should be an HRMCache(model.config)")
+        return cache
+
+    # ------------------------------------------------------------------------------------------------ generation
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict, *args: Any) -> None:
+        kind = generation_config.cache_implementation
+        if kind not in (None, "dynamic"):
+            raise ValueError(f"cache_implementation is {kind!r}; it should be None or 'dynamic'")
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        cache = model_kwargs.get("past_key_values")
+        if isinstance(cache, DynamicCache) and not isinstance(cache, HRMCache) and cache.get_seq_length() == 0:
+            model_kwargs["past_key_values"] = HRMCache(self.config)
+
+
+def q_loss(values: Tensor, correct: Tensor, active: Tensor) -> Tensor:
+    """Binary cross entropy of the Q head: halt where the prediction is right, go on where the next segment is worth it.
+
+    Source: arXiv 2506.21734, section 2, "Adaptive computation time", per scored token.
+
+    Args:
+        values: (M, n, 2) q_halt and q_continue of each segment.
+        correct: (M, n) bool, whether the segment's prediction is right.
+        active: (M, n) float, 1 where the token's row ran the segment.
+    """
+    bce = nn.functional.binary_cross_entropy_with_logits
+    halt = bce(values[..., 0], correct.float(), reduction="none")
+    loss = (halt * active).sum() / active.sum().clamp_min(1)
+    if len(values) == 1:
+        return loss
+    with torch.no_grad():  # worth of going on: the better choice in the next segment, where the last can only halt
+        best = torch.cat((values[1:-1].amax(-1), values[-1:, :, 0])).sigmoid()
+    go_on = bce(values[:-1, :, 1], best, reduction="none")
+    return loss + (go_on * active[1:]).sum() / active[1:].sum().clamp_min(1)
+
+
+def _targets(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """(B, S): the label that each position predicts, -100 at the last one and where either end is padding."""
+    targets = torch.full_like(labels, IGNORED)
+    targets[:, :-1] = labels[:, 1:]
+    if attention_mask is not None:
+        real = attention_mask.bool()
+        targets[:, :-1].masked_fill_(~(real[:, 1:] & real[:, :-1]), IGNORED)
+    return targets
+
+
+def HRMGemma3N(  # noqa: N802 (reads as the model that it makes)
+    hrm: HRMConfig | Mapping[str, Any] | None = None,
+    lora: bool | Mapping[str, Any] | None = True,
+    **text_config: Any,
+) -> HRMGemmaForCausalLM:
+    """A small random Gemma 3n with a small core: a model to try things on, drawn from torch's generator.
+
+    Args:
+        hrm: settings of the core in place of the small ones.
+        lora: as for `HRMGemmaForCausalLM.from_backbone`.
+        text_config: fields of `Gemma3nTextConfig` in place of the small ones.
+    """
+    config = AutoConfig.for_model("gemma3n_text", **{**SMALL_GEMMA3N, **text_config})
+    return HRMGemmaForCausalLM(HRMGemmaConfig(backbone=config, hrm=SMALL_HRM if hrm is None else hrm, lora=lora))
+
+
+SMALL_HRM = {"d_l": 64, "d_h": 128, "head_size": 16, "h_cycles": 2, "l_steps": 2, "attn_heads": 4, "attn_kv_heads": 2}
+SMALL_GEMMA3N = {
+    "vocab_size": 256,
+    "vocab_size_per_layer_input": 256,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "hidden_size_per_layer_input": 16,
+    "altup_num_inputs": 2,
+    "laurel_rank": 8,
+    "num_kv_shared_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "sliding_window": 8,
+}
+
+AutoConfig.register("hrm_gemma", HRMGemmaConfig)
+AutoModelForCausalLM.register(HRMGemmaConfig, HRMGemmaForCausalLM)
