@@ -75,7 +75,7 @@ def _missing(device: torch.device, head_size: int | None, dtype: torch.dtype | N
     return missing
 
 
-@cache
+@torch.compiler.assume_constant_result
 def choose(
     function: str, backend: str, device: torch.device, head_size: int | None = None, dtype: torch.dtype | None = None
 ) -> str:
@@ -85,6 +85,13 @@ def choose(
         ValueError: `backend` is none of `BACKENDS`.
         BackendError: `backend` is "triton" and something is missing.
     """
+    return _choose(function, backend, device, head_size, dtype)
+
+
+@cache  # not on `choose` itself: torch.compile warns of cached functions that it traces
+def _choose(
+    function: str, backend: str, device: torch.device, head_size: int | None, dtype: torch.dtype | None
+) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"{function}: backend is {backend!r}; it should be one of {', '.join(map(repr, BACKENDS))}")
     missing = None if backend == "reference" else _missing(device, head_size, dtype)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hrm_kernels._backend import choose
 from hrm_kernels._checks import check_eps, check_shape, check_tensors, fail, shape
+from hrm_kernels._triton import jit, multiprocessors, tl, triton
 
 # ---------------------------------------------------------------------------------------------------- reference
 
@@ -34,6 +35,156 @@ def carry_update_reference(
     change = torch.linalg.vector_norm((wide_new - wide_old).flatten(1), dim=1)
     residual = change / torch.linalg.vector_norm(wide_old.flatten(1), dim=1).clamp_min(eps)
     return state, torch.where(halted, 0, steps + 1).to(steps.dtype), residual.masked_fill(halted, 0.0)
+
+
+# ---------------------------------------------------------------------------------------------------- Triton kernels
+
+BLOCK = 2048  # elements a program handles at a time: 16 bytes a thread and load in bfloat16, twice that in float32
+WARPS = 8
+FINISH_BLOCK, FINISH_WARPS = 256, 2
+CHUNK = 16 * BLOCK  # elements of a row that one program handles; longer rows are shared among programs
+
+
+@jit(do_not_specialize=["size"])
+def _carry_kernel(
+    halted_ptr, steps_ptr, old_ptr, new_ptr, init_ptr, state_ptr, new_steps_ptr, residual_ptr, partial_ptr,
+    size, width, old_stride, new_stride, state_stride, chunk, eps,
+    WHOLE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One chunk of one row. WHOLE: the chunk is the row, so its residual is done here; else sums go to `partial`."""
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    halted = tl.load(halted_ptr + row)
+    first = part.to(tl.int64) * chunk
+    last = tl.minimum(first + chunk, size)
+    index = tl.arange(0, BLOCK)
+    changes = tl.zeros((BLOCK,), tl.float32)
+    norms = tl.zeros((BLOCK,), tl.float32)
+    for start in range(first, last, BLOCK):
+        offsets = start + index
+        mask = offsets < last
+        if halted:  # the row's old and new values are not even read
+            init = tl.load(init_ptr + offsets % width, mask=mask, other=0.0)
+            tl.store(state_ptr + row * state_stride + offsets, init, mask=mask)
+        else:
+            old = tl.load(old_ptr + row * old_stride + offsets, mask=mask, other=0.0).to(tl.float32)
+            new = tl.load(new_ptr + row * new_stride + offsets, mask=mask, other=0.0)
+            tl.store(state_ptr + row * state_stride + offsets, new, mask=mask)
+            change = new.to(tl.float32) - old
+            changes += change * change
+            norms += old * old
+    change = tl.sum(changes, 0)
+    norm = tl.sum(norms, 0)
+    if WHOLE:
+        _finish_row(row, halted, change, norm, steps_ptr, new_steps_ptr, residual_ptr, eps)
+    else:
+        sums = partial_ptr + (row * tl.num_programs(1) + part) * 2
+        tl.store(sums, change)
+        tl.store(sums + 1, norm)
+
+
+@jit
+def _finish_row(row, halted, change, norm, steps_ptr, new_steps_ptr, residual_ptr, eps):
+    residual = tl.sqrt_rn(change) / tl.maximum(tl.sqrt_rn(norm), eps)
+    tl.store(residual_ptr + row, tl.where(halted, 0.0, residual))
+    tl.store(new_steps_ptr + row, tl.where(halted, 0, tl.load(steps_ptr + row) + 1))
+
+
+@jit(do_not_specialize=["parts"])
+def _finish_kernel(
+    halted_ptr, steps_ptr, partial_ptr, new_steps_ptr, residual_ptr, parts, eps, BLOCK: tl.constexpr
+):
+    """Adds the chunks' sums of one row, in one fixed order."""
+    row = tl.program_id(0).to(tl.int64)
+    changes = tl.zeros((BLOCK,), tl.float32)
+    norms = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, parts, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        sums = partial_ptr + (row * parts + index) * 2
+        changes += tl.load(sums, mask=index < parts, other=0.0)
+        norms += tl.load(sums + 1, mask=index < parts, other=0.0)
+    halted = tl.load(halted_ptr + row)
+    _finish_row(row, halted, tl.sum(changes, 0), tl.sum(norms, 0), steps_ptr, new_steps_ptr, residual_ptr, eps)
+
+
+# ---------------------------------------------------------------------------------------------------- registration
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """(rows, ..., d) as (rows, size) with unit stride inside a row, without a copy where the strides allow."""
+    flat = tensor.flatten(1)
+    return flat if flat.stride(1) == 1 else flat.contiguous()
+
+
+def _launch(
+    halted: Tensor, steps: Tensor, old: Tensor, new: Tensor, init: Tensor, state: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Writes `state`, which may be `old` or `new`, and returns steps' and residual."""
+    rows, width = old.shape[0], old.shape[-1]
+    new_steps = torch.empty_like(steps)
+    residual = torch.empty(rows, dtype=torch.float32, device=old.device)
+    if old.numel() == 0:
+        new_steps.copy_(torch.where(halted, 0, steps + 1))
+        return new_steps, residual.zero_()
+    old, new, flat = _flat(old), _flat(new), state.flatten(1)
+    size = flat.shape[1]
+    parts = triton.cdiv(size, CHUNK) if rows < 4 * multiprocessors(old.device) else 1
+    chunk = triton.cdiv(triton.cdiv(size, parts), BLOCK) * BLOCK
+    partial = torch.empty((rows, parts, 2) if parts > 1 else (0,), dtype=torch.float32, device=old.device)
+    halted, steps, init = halted.contiguous(), steps.contiguous(), init.contiguous()
+    _carry_kernel[(rows, parts)](
+        halted, steps, old, new, init, flat, new_steps, residual, partial,
+        size, width, old.stride(0), new.stride(0), flat.stride(0), chunk, eps,
+        WHOLE=parts == 1, BLOCK=BLOCK, num_warps=WARPS,
+    )  # fmt: skip
+    if parts > 1:
+        _finish_kernel[(rows,)](
+            halted, steps, partial, new_steps, residual, parts, eps,
+            BLOCK=FINISH_BLOCK, num_warps=FINISH_WARPS,
+        )  # fmt: skip
+    return new_steps, residual
+
+
+@torch.library.custom_op("hrm::carry_update", mutates_args=())
+def _carry(
+    halted: Tensor, steps: Tensor, old: Tensor, new: Tensor, init: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    state = torch.empty(old.shape, dtype=old.dtype, device=old.device)
+    return state, *_launch(halted, steps, old, new, init, state, eps)
+
+
+@torch.library.custom_op("hrm::carry_update_out", mutates_args=("out",))
+def _carry_out(
+    halted: Tensor, steps: Tensor, old: Tensor, new: Tensor, init: Tensor, out: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    return _launch(halted, steps, old, new, init, out, eps)
+
+
+@torch.library.custom_op("hrm::carry_update_over_old", mutates_args=("old",))
+def _carry_over_old(
+    halted: Tensor, steps: Tensor, old: Tensor, new: Tensor, init: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    return _launch(halted, steps, old, new, init, old, eps)
+
+
+@torch.library.custom_op("hrm::carry_update_over_new", mutates_args=("new",))
+def _carry_over_new(
+    halted: Tensor, steps: Tensor, old: Tensor, new: Tensor, init: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    return _launch(halted, steps, old, new, init, new, eps)
+
+
+@_carry.register_fake
+def _(halted, steps, old, new, init, eps):
+    return old.new_empty(old.shape), torch.empty_like(steps), steps.new_empty(steps.shape, dtype=torch.float32)
+
+
+def _fake_counts(halted, steps, old, new, init, *_):
+    return torch.empty_like(steps), steps.new_empty(steps.shape, dtype=torch.float32)
+
+
+for _op in (_carry_out, _carry_over_old, _carry_over_new):
+    _op.register_fake(_fake_counts)
 
 
 # ---------------------------------------------------------------------------------------------------- public function
@@ -77,7 +228,20 @@ def carry_update(
         with torch.no_grad():
             state, steps, residual = carry_update_reference(halted, steps, old, new, init, eps=eps)
             return (state if out is None else out.copy_(state)), steps, residual
-    raise AssertionError
+    # results carry no graph, and a custom operation has no gradient unless one is registered
+    halted, steps, old, new, init = (tensor.detach() for tensor in (halted, steps, old, new, init))
+    if out is None:
+        return _carry(halted, steps, old, new, init, eps)
+    return out, *_in_place(halted, steps, old, new, init, out.detach(), eps)
+
+
+def _in_place(halted, steps, old, new, init, out, eps: float) -> tuple[Tensor, Tensor]:
+    """An operation may not take one tensor twice and write it, so each way to be in place has an operation of its own."""
+    if out.data_ptr() == old.data_ptr():
+        return _carry_over_old(halted, steps, old, new, init, eps)
+    if out.data_ptr() == new.data_ptr():
+        return _carry_over_new(halted, steps, old, new, init, eps)
+    return _carry_out(halted, steps, old, new, init, out, eps)
 
 
 def _check(halted, steps, old, new, init, out, eps: float) -> None:
@@ -89,6 +253,8 @@ def _check(halted, steps, old, new, init, out, eps: float) -> None:
     check_shape(name, "init", init, (old.shape[-1],), "the last size of old")
     if out is not None:
         check_shape(name, "out", out, tuple(old.shape), "the shape of old")
+        if out.numel() and not (out[0].is_contiguous() and (out.shape[0] == 1 or out.stride(0) >= out[0].numel())):
+            fail(name, "out.stride()", out.stride(), "that of contiguous rows which do not overlap")
     for argument, tensor, dtype in (("halted", halted, torch.bool), ("steps", steps, torch.int32)):
         check_shape(name, argument, tensor, (old.shape[0],), "one entry a row")
         if tensor.dtype != dtype:

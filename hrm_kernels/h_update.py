@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hrm_kernels._backend import choose
 from hrm_kernels._checks import autocast, check_eps, check_shape, check_tensors, fail, shape
+from hrm_kernels._triton import jit, plan, rms_scale, rows_of, sigmoid, tile_offsets, tl, weight_offsets
 
 # ---------------------------------------------------------------------------------------------------- reference
 
@@ -36,6 +37,156 @@ def h_update_reference(
     v = torch.lerp(a, F.silu(p) * q, torch.sigmoid(r))
     wide = v if v.dtype == torch.float64 else v.float()
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(z.dtype).flatten(-2)
+
+
+# ---------------------------------------------------------------------------------------------------- Triton kernels
+
+
+@jit(do_not_specialize=["n"])
+def _h_forward_kernel(
+    z_ptr, inputs_ptr, w_ptr, out_ptr,
+    n, z_stride, inputs_stride, eps,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(0)
+    third = tl.num_programs(0) * D  # where q begins; r begins at twice that
+    block, inside = weight_offsets(head, BLOCK_D, D)
+    w_p = tl.load(w_ptr + block, mask=inside, other=0.0)
+    w_q = tl.load(w_ptr + third * D + block, mask=inside, other=0.0)
+    w_r = tl.load(w_ptr + 2 * third * D + block, mask=inside, other=0.0)
+    for tile in range(tl.program_id(1), tl.cdiv(n, BLOCK_N), tl.num_programs(1)):
+        offsets, mask = tile_offsets(tile, n, z_stride, head * D, BLOCK_N, BLOCK_D, D)
+        a = tl.load(z_ptr + offsets, mask=mask, other=0.0)
+        offsets, mask = tile_offsets(tile, n, inputs_stride, head * D, BLOCK_N, BLOCK_D, D)
+        p = tl.load(inputs_ptr + offsets, mask=mask, other=0.0)
+        q = tl.load(inputs_ptr + third + offsets, mask=mask, other=0.0)
+        r = tl.load(inputs_ptr + 2 * third + offsets, mask=mask, other=0.0)
+        p = tl.dot(a, w_p, p.to(tl.float32), input_precision=PRECISION)
+        q = tl.dot(a, w_q, q.to(tl.float32), input_precision=PRECISION)
+        r = tl.dot(a, w_r, r.to(tl.float32), input_precision=PRECISION)
+        wide = a.to(tl.float32)
+        v = wide + sigmoid(r, FAST) * (p * sigmoid(p, FAST) * q - wide)
+        v = v * rms_scale(v, eps, D)
+        offsets, mask = tile_offsets(tile, n, third, head * D, BLOCK_N, BLOCK_D, D)
+        tl.store(out_ptr + offsets, v.to(a.dtype), mask=mask)
+
+
+@jit(do_not_specialize=["n"])
+def _h_backward_kernel(
+    grad_ptr, z_ptr, inputs_ptr, w_ptr, grad_z_ptr, grad_inputs_ptr, grad_w_ptr,
+    n, grad_stride, z_stride, inputs_stride, eps,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """Recomputes the update and walks it back; weight gradients stay on chip until the end."""
+    head = tl.program_id(0)
+    third = tl.num_programs(0) * D
+    block, inside = weight_offsets(head, BLOCK_D, D)
+    w_p = tl.load(w_ptr + block, mask=inside, other=0.0)
+    w_q = tl.load(w_ptr + third * D + block, mask=inside, other=0.0)
+    w_r = tl.load(w_ptr + 2 * third * D + block, mask=inside, other=0.0)
+    dtype = w_p.dtype
+    grad_w_p = tl.zeros((BLOCK_D, BLOCK_D), tl.float32)
+    grad_w_q = tl.zeros((BLOCK_D, BLOCK_D), tl.float32)
+    grad_w_r = tl.zeros((BLOCK_D, BLOCK_D), tl.float32)
+    for tile in range(tl.program_id(1), tl.cdiv(n, BLOCK_N), tl.num_programs(1)):
+        offsets, mask = tile_offsets(tile, n, z_stride, head * D, BLOCK_N, BLOCK_D, D)
+        a = tl.load(z_ptr + offsets, mask=mask, other=0.0)
+        offsets, mask = tile_offsets(tile, n, inputs_stride, head * D, BLOCK_N, BLOCK_D, D)
+        p = tl.load(inputs_ptr + offsets, mask=mask, other=0.0)
+        q = tl.load(inputs_ptr + third + offsets, mask=mask, other=0.0)
+        r = tl.load(inputs_ptr + 2 * third + offsets, mask=mask, other=0.0)
+        offsets, mask = tile_offsets(tile, n, grad_stride, head * D, BLOCK_N, BLOCK_D, D)
+        grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        p = tl.dot(a, w_p, p.to(tl.float32), input_precision=PRECISION)
+        q = tl.dot(a, w_q, q.to(tl.float32), input_precision=PRECISION)
+        r = tl.dot(a, w_r, r.to(tl.float32), input_precision=PRECISION)
+        wide = a.to(tl.float32)
+        s = sigmoid(p, FAST)
+        gate = sigmoid(r, FAST)
+        move = p * s * q - wide
+        v = wide + gate * move
+        scale = rms_scale(v, eps, D)
+        v = v * scale
+        grad = scale * (grad - v * (tl.sum(grad * v, 1) * (1.0 / D))[:, None])  # of v
+        grad_r = (grad * move * gate * (1.0 - gate)).to(dtype)
+        candidate = grad * gate
+        grad_q = (candidate * p * s).to(dtype)
+        grad_p = (candidate * q * s * (1.0 + p * (1.0 - s))).to(dtype)
+        offsets, mask = tile_offsets(tile, n, 3 * third, head * D, BLOCK_N, BLOCK_D, D)
+        tl.store(grad_inputs_ptr + offsets, grad_p, mask=mask)
+        tl.store(grad_inputs_ptr + third + offsets, grad_q, mask=mask)
+        tl.store(grad_inputs_ptr + 2 * third + offsets, grad_r, mask=mask)
+        grad_a = tl.dot(grad_p, tl.trans(w_p), grad - candidate, input_precision=PRECISION)
+        grad_w_p = tl.dot(tl.trans(a), grad_p, grad_w_p, input_precision=PRECISION)
+        grad_a = tl.dot(grad_q, tl.trans(w_q), grad_a, input_precision=PRECISION)
+        grad_w_q = tl.dot(tl.trans(a), grad_q, grad_w_q, input_precision=PRECISION)
+        grad_a = tl.dot(grad_r, tl.trans(w_r), grad_a, input_precision=PRECISION)
+        grad_w_r = tl.dot(tl.trans(a), grad_r, grad_w_r, input_precision=PRECISION)
+        offsets, mask = tile_offsets(tile, n, third, head * D, BLOCK_N, BLOCK_D, D)
+        tl.store(grad_z_ptr + offsets, grad_a.to(dtype), mask=mask)
+    partial = grad_w_ptr + tl.program_id(1).to(tl.int64) * 3 * third * D + block  # (programs, 3, heads, D, D)
+    tl.store(partial, grad_w_p, mask=inside)
+    tl.store(partial + third * D, grad_w_q, mask=inside)
+    tl.store(partial + 2 * third * D, grad_w_r, mask=inside)
+
+
+# ---------------------------------------------------------------------------------------------------- autograd
+
+
+@torch.library.custom_op("hrm::h_update", mutates_args=())
+def _h_forward(z: Tensor, inputs: Tensor, w: Tensor, eps: float) -> Tensor:
+    _, heads, size, _ = w.shape
+    rows, thirds = rows_of(z), rows_of(inputs)
+    out = torch.empty(z.shape, dtype=z.dtype, device=z.device)
+    if rows.shape[0] > 0:
+        launch = plan("h_forward", rows.shape[0], heads, size, rows)
+        _h_forward_kernel[launch.grid](
+            rows, thirds, w.contiguous(), out,
+            rows.shape[0], rows.stride(0), thirds.stride(0), eps, **launch.options,
+        )  # fmt: skip
+    return out
+
+
+@_h_forward.register_fake
+def _(z, inputs, w, eps):
+    return z.new_empty(z.shape)
+
+
+@torch.library.custom_op("hrm::h_update_backward", mutates_args=())
+def _h_backward(grad: Tensor, z: Tensor, inputs: Tensor, w: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    _, heads, size, _ = w.shape
+    grads, rows, thirds = rows_of(grad), rows_of(z), rows_of(inputs)
+    n = rows.shape[0]
+    grad_z = torch.empty(z.shape, dtype=z.dtype, device=z.device)
+    grad_inputs = torch.empty(inputs.shape, dtype=z.dtype, device=z.device)
+    if n == 0:
+        return grad_z, grad_inputs, w.new_zeros(w.shape)
+    launch = plan("h_backward", n, heads, size, rows)
+    partial = torch.empty((launch.grid[1], *w.shape), dtype=torch.float32, device=z.device)
+    _h_backward_kernel[launch.grid](
+        grads, rows, thirds, w.contiguous(), grad_z, grad_inputs, partial,
+        n, grads.stride(0), rows.stride(0), thirds.stride(0), eps, **launch.options,
+    )  # fmt: skip
+    # one fixed order of summation: the same gradients every time
+    return grad_z, grad_inputs, partial.sum(0).to(w.dtype)
+
+
+@_h_backward.register_fake
+def _(grad, z, inputs, w, eps):
+    return z.new_empty(z.shape), z.new_empty(inputs.shape), w.new_empty(w.shape)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    ctx.eps = inputs[3]
+    ctx.save_for_backward(*inputs[:3])
+
+
+def _autograd_backward(ctx, grad):
+    gradients = _h_backward(grad, *ctx.saved_tensors, ctx.eps)
+    return *(g if need else None for g, need in zip(gradients, ctx.needs_input_grad[:3], strict=True)), None
+
+
+_h_forward.register_autograd(_autograd_backward, setup_context=_setup_context)
 
 
 # ---------------------------------------------------------------------------------------------------- public function
@@ -65,7 +216,7 @@ def h_update(z: Tensor, inputs: Tensor, w: Tensor, *, eps: float = 1e-6, backend
     if choose("h_update", backend, z.device, w.shape[-1], z.dtype) == "reference":
         with torch.autocast(z.device.type, enabled=False):
             return h_update_reference(z, inputs, w, eps=eps)
-    raise AssertionError
+    return _h_forward(z, inputs, w, eps)
 
 
 def _check(z: Tensor, inputs: Tensor, w: Tensor, eps: float) -> None:

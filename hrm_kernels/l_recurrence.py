@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hrm_kernels._backend import choose
 from hrm_kernels._checks import autocast, check_eps, check_shape, check_tensors, fail, shape
+from hrm_kernels._triton import jit, plan, rms_scale, rows_of, sigmoid, silu, tile_offsets, tl, weight_offsets, widen
 
 # ---------------------------------------------------------------------------------------------------- reference
 
@@ -57,6 +58,224 @@ def l_recurrence_reference(
     for _ in range(grad_steps):
         state = l_step_reference(state, gate, up, w_gate, w_up, w_down, eps)
     return state.flatten(-2)
+
+
+# ---------------------------------------------------------------------------------------------------- Triton kernels
+
+
+@jit
+def _step(z, gate_context, up_context, w_gate, w_up, w_down, eps, D: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr):
+    """One step on a tile held in registers: z (BLOCK_N, BLOCK_D) float32, the rest in the dtype of the call."""
+    low = z.to(w_gate.dtype)
+    g = tl.dot(low, w_gate, widen(gate_context, low, FAST), input_precision=PRECISION)
+    u = tl.dot(low, w_up, widen(up_context, low, FAST), input_precision=PRECISION)
+    hidden = (silu(g, FAST) * u).to(w_gate.dtype)
+    y = tl.dot(hidden, w_down, z, input_precision=PRECISION)
+    return y * rms_scale(y, eps, D)
+
+
+@jit(do_not_specialize=["n", "steps", "save_at"])
+def _l_forward_kernel(
+    z_ptr, context_ptr, w_gate_ptr, w_up_ptr, w_down_ptr, out_ptr, saved_ptr,
+    n, z_stride, context_stride, out_stride, steps, save_at, eps,
+    SAVE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(0)
+    half = tl.num_programs(0) * D  # where the up half of the context begins
+    block, inside = weight_offsets(head, BLOCK_D, D)
+    w_gate = tl.load(w_gate_ptr + block, mask=inside, other=0.0)
+    w_up = tl.load(w_up_ptr + block, mask=inside, other=0.0)
+    w_down = tl.load(w_down_ptr + block, mask=inside, other=0.0)
+    for tile in range(tl.program_id(1), tl.cdiv(n, BLOCK_N), tl.num_programs(1)):
+        offsets, mask = tile_offsets(tile, n, z_stride, head * D, BLOCK_N, BLOCK_D, D)
+        z = tl.load(z_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        offsets, mask = tile_offsets(tile, n, context_stride, head * D, BLOCK_N, BLOCK_D, D)
+        gate_context = tl.load(context_ptr + offsets, mask=mask, other=0.0)
+        up_context = tl.load(context_ptr + half + offsets, mask=mask, other=0.0)
+        out_offsets, mask = tile_offsets(tile, n, out_stride, head * D, BLOCK_N, BLOCK_D, D)
+        if SAVE:
+            for _ in range(save_at):
+                z = _step(z, gate_context, up_context, w_gate, w_up, w_down, eps, D, PRECISION, FAST)
+            low = z.to(w_gate.dtype)
+            tl.store(saved_ptr + out_offsets, low, mask=mask)
+            z = low.to(tl.float32)  # the backward starts from the saved value, so the forward does too
+        for _ in range(save_at if SAVE else 0, steps):
+            z = _step(z, gate_context, up_context, w_gate, w_up, w_down, eps, D, PRECISION, FAST)
+        tl.store(out_ptr + out_offsets, z.to(w_gate.dtype), mask=mask)
+
+
+@jit(do_not_specialize=["n", "grad_steps", "scratch_stride"])
+def _l_backward_kernel(
+    grad_ptr, z_ptr, context_ptr, w_gate_ptr, w_up_ptr, w_down_ptr,
+    grad_z_ptr, grad_context_ptr, grad_w_ptr, scratch_ptr,
+    n, grad_stride, z_stride, context_stride, scratch_stride, grad_steps, eps,
+    MANY: tl.constexpr, GRAD_Z: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """Recomputes the steps that carry gradient and walks them back; weight gradients stay on chip until the end.
+
+    MANY: grad_steps > 1. The states between steps then go through a scratch of this program's own, which stays in L2.
+    """
+    head = tl.program_id(0)
+    heads = tl.num_programs(0)
+    half = heads * D
+    block, inside = weight_offsets(head, BLOCK_D, D)
+    w_gate = tl.load(w_gate_ptr + block, mask=inside, other=0.0)
+    w_up = tl.load(w_up_ptr + block, mask=inside, other=0.0)
+    w_down = tl.load(w_down_ptr + block, mask=inside, other=0.0)
+    dtype = w_gate.dtype
+    grad_w_gate = tl.zeros((BLOCK_D, BLOCK_D), tl.float32)
+    grad_w_up = tl.zeros((BLOCK_D, BLOCK_D), tl.float32)
+    grad_w_down = tl.zeros((BLOCK_D, BLOCK_D), tl.float32)
+    program = (tl.program_id(1) * heads + head).to(tl.int64)
+    own = tl.arange(0, BLOCK_N)[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    scratch = scratch_ptr + program * scratch_stride + own
+    for tile in range(tl.program_id(1), tl.cdiv(n, BLOCK_N), tl.num_programs(1)):
+        offsets, mask = tile_offsets(tile, n, z_stride, head * D, BLOCK_N, BLOCK_D, D)
+        state = z_ptr + offsets
+        offsets, mask = tile_offsets(tile, n, context_stride, head * D, BLOCK_N, BLOCK_D, D)
+        context = context_ptr + offsets
+        if MANY:
+            tl.debug_barrier()  # the last tile's reads of the scratch come before this tile's writes
+            z = tl.load(state, mask=mask, other=0.0).to(tl.float32)
+            gate_context = tl.load(context, mask=mask, other=0.0)
+            up_context = tl.load(context + half, mask=mask, other=0.0)
+            for step in range(grad_steps - 1):
+                tl.store(scratch + step * BLOCK_N * BLOCK_D, z.to(dtype))
+                z = _step(z, gate_context, up_context, w_gate, w_up, w_down, eps, D, PRECISION, FAST)
+            tl.store(scratch + (grad_steps - 1) * BLOCK_N * BLOCK_D, z.to(dtype))
+            tl.debug_barrier()  # other threads of this program may read what a thread wrote
+        offsets, mask = tile_offsets(tile, n, grad_stride, head * D, BLOCK_N, BLOCK_D, D)
+        grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        # a loop of run-time length even for one step: unrolled, the compiler hoists the weights into registers, and spills
+        grad_gate = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+        grad_up = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+        for back in range(grad_steps):
+            # loaded where they are used: registers are what this loop is short of, and L1 holds the context
+            if MANY:
+                low = tl.load(scratch + (grad_steps - 1 - back) * BLOCK_N * BLOCK_D)
+            else:
+                low = tl.load(state, mask=mask, other=0.0)
+            gate_context = tl.load(context, mask=mask, other=0.0)
+            up_context = tl.load(context + half, mask=mask, other=0.0)
+            g = tl.dot(low, w_gate, gate_context.to(tl.float32), input_precision=PRECISION)
+            u = tl.dot(low, w_up, up_context.to(tl.float32), input_precision=PRECISION)
+            s = sigmoid(g, FAST)
+            hidden = (g * s * u).to(dtype)
+            y = tl.dot(hidden, w_down, low.to(tl.float32), input_precision=PRECISION)
+            scale = rms_scale(y, eps, D)
+            y = y * scale
+            grad_y = scale * (grad - y * (tl.sum(grad * y, 1) * (1.0 / D))[:, None])
+            low_grad_y = grad_y.to(dtype)
+            grad_w_down = tl.dot(tl.trans(hidden), low_grad_y, grad_w_down, input_precision=PRECISION)
+            grad_hidden = tl.dot(low_grad_y, tl.trans(w_down), input_precision=PRECISION)
+            grad_g = grad_hidden * u * s * (1.0 + g * (1.0 - s))
+            grad_gate += grad_g
+            low_g = grad_g.to(dtype)
+            grad_w_gate = tl.dot(tl.trans(low), low_g, grad_w_gate, input_precision=PRECISION)
+            grad_u = grad_hidden * g * s
+            grad_up += grad_u
+            low_u = grad_u.to(dtype)
+            grad_w_up = tl.dot(tl.trans(low), low_u, grad_w_up, input_precision=PRECISION)
+            if MANY or GRAD_Z:
+                grad = tl.dot(low_g, tl.trans(w_gate), grad_y, input_precision=PRECISION)
+                grad = tl.dot(low_u, tl.trans(w_up), grad, input_precision=PRECISION)
+        offsets, mask = tile_offsets(tile, n, 2 * half, head * D, BLOCK_N, BLOCK_D, D)
+        tl.store(grad_context_ptr + offsets, grad_gate.to(dtype), mask=mask)
+        tl.store(grad_context_ptr + half + offsets, grad_up.to(dtype), mask=mask)
+        if GRAD_Z:
+            offsets, mask = tile_offsets(tile, n, half, head * D, BLOCK_N, BLOCK_D, D)
+            tl.store(grad_z_ptr + offsets, grad.to(dtype), mask=mask)
+    partial = grad_w_ptr + tl.program_id(1).to(tl.int64) * 3 * heads * D * D + block  # (programs, 3, heads, D, D)
+    tl.store(partial, grad_w_gate, mask=inside)
+    tl.store(partial + heads * D * D, grad_w_up, mask=inside)
+    tl.store(partial + 2 * heads * D * D, grad_w_down, mask=inside)
+
+
+# ---------------------------------------------------------------------------------------------------- autograd
+
+
+@torch.library.custom_op("hrm::l_recurrence", mutates_args=())
+def _l_forward(
+    z: Tensor, context: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor,
+    steps: int, grad_steps: int, eps: float, save: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Launches the forward; returns the new state and, where `save` asks for it, the state before the last grad_steps."""
+    heads, size, _ = w_gate.shape
+    rows, contexts = rows_of(z), rows_of(context)
+    out = torch.empty(z.shape, dtype=z.dtype, device=z.device)
+    saved = torch.empty(z.shape if save else (0,), dtype=z.dtype, device=z.device)
+    if rows.shape[0] > 0:
+        launch = plan("l_forward", rows.shape[0], heads, size, rows)
+        _l_forward_kernel[launch.grid](
+            rows, contexts, w_gate.contiguous(), w_up.contiguous(), w_down.contiguous(), out, saved,
+            rows.shape[0], rows.stride(0), contexts.stride(0), heads * size, steps, steps - grad_steps, eps,
+            SAVE=save, **launch.options,
+        )  # fmt: skip
+    return out, saved
+
+
+@_l_forward.register_fake
+def _(z, context, w_gate, w_up, w_down, steps, grad_steps, eps, save):
+    return z.new_empty(z.shape), z.new_empty(z.shape if save else (0,))
+
+
+@torch.library.custom_op("hrm::l_recurrence_backward", mutates_args=())
+def _l_backward(
+    grad: Tensor, z: Tensor, context: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor,
+    grad_steps: int, eps: float, grad_z: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of z (empty unless `grad_z`), context, and the three weights stacked (3, J, D, D); z as it was saved."""
+    heads, size, _ = w_gate.shape
+    grads, rows, contexts = rows_of(grad), rows_of(z), rows_of(context)
+    n = rows.shape[0]
+    out_z = torch.empty(z.shape if grad_z else (0,), dtype=z.dtype, device=z.device)
+    out_context = torch.empty(context.shape, dtype=z.dtype, device=z.device)
+    if n == 0:
+        return out_z, out_context, w_gate.new_zeros((3, heads, size, size))
+    launch = plan("l_backward", n, heads, size, rows)
+    programs, many = launch.grid[1], grad_steps > 1
+    partial = torch.empty((programs, 3, heads, size, size), dtype=torch.float32, device=z.device)
+    tile = launch.options["BLOCK_N"] * launch.options["BLOCK_D"]  # type: ignore[operator]
+    scratch_stride = grad_steps * tile if many else 0
+    scratch = torch.empty(programs * heads * scratch_stride, dtype=z.dtype, device=z.device)
+    _l_backward_kernel[launch.grid](
+        grads, rows, contexts, w_gate.contiguous(), w_up.contiguous(), w_down.contiguous(),
+        out_z, out_context, partial, scratch,
+        n, grads.stride(0), rows.stride(0), contexts.stride(0), scratch_stride, grad_steps, eps,
+        MANY=many, GRAD_Z=grad_z, **launch.options,
+    )  # fmt: skip
+    # one fixed order of summation: the same gradients every time
+    return out_z, out_context, partial.sum(0).to(w_gate.dtype)
+
+
+@_l_backward.register_fake
+def _(grad, z, context, w_gate, w_up, w_down, grad_steps, eps, grad_z):
+    return z.new_empty(z.shape if grad_z else (0,)), z.new_empty(context.shape), w_gate.new_empty((3, *w_gate.shape))
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    z, context, w_gate, w_up, w_down, steps, grad_steps, eps, save = inputs
+    ctx.set_materialize_grads(False)
+    ctx.grad_steps, ctx.eps, ctx.whole = grad_steps, eps, grad_steps == steps
+    ctx.save_for_backward(output[1] if save else z, context, w_gate, w_up, w_down)
+
+
+def _autograd_backward(ctx, grad, _grad_saved):
+    if grad is None:
+        return (None,) * 9
+    needs = ctx.needs_input_grad
+    grad_z, grad_context, grad_w = _l_backward(grad, *ctx.saved_tensors, ctx.grad_steps, ctx.eps, ctx.whole and needs[0])
+    weights = (grad_w[i] if needs[2 + i] else None for i in range(3))
+    return (
+        grad_z if ctx.whole and needs[0] else None,
+        grad_context if needs[1] else None,
+        *weights, None, None, None, None,
+    )  # fmt: skip
+
+
+_l_forward.register_autograd(_autograd_backward, setup_context=_setup_context)
 
 
 # ---------------------------------------------------------------------------------------------------- public function
@@ -102,7 +321,9 @@ def l_recurrence(
             return l_recurrence_reference(
                 z, context, w_gate, w_up, w_down, steps=steps, grad_steps=grad_steps, eps=eps
             )
-    raise AssertionError
+    tensors = (z, context, w_gate, w_up, w_down)
+    save = grad_steps < steps and torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return _l_forward(*tensors, steps, grad_steps, eps, save)[0]
 
 
 def _check(z, context, w_gate, w_up, w_down, steps: int, grad_steps: int, eps: float) -> None:

@@ -1,0 +1,195 @@
+"""What the Triton kernels share: the guarded import, device functions, and the table of launch configurations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from hrm_kernels._backend import interpreting
+
+try:
+    import triton
+    import triton.language as tl
+
+    jit = triton.jit
+except ImportError:  # the reference runs without Triton; `choose` never picks the kernels then
+    triton = tl = None  # type: ignore[assignment]
+
+    def jit(function=None, **_options):  # type: ignore[misc]
+        return function if function is not None else jit
+
+
+# ---------------------------------------------------------------------------------------------------- device functions
+
+
+@jit
+def sigmoid(x, FAST: tl.constexpr):
+    # one special-function operation instead of two; its error, below 2^-11, is a quarter of bfloat16's rounding
+    if FAST:
+        half_tanh = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=r,r", [x * 0.5], tl.float32, True, 1)
+        return 0.5 + 0.5 * half_tanh
+    return tl.sigmoid(x)
+
+
+@jit
+def widen(x, beside, HOLD: tl.constexpr):
+    """bfloat16 as float32. HOLD ties the conversion to `beside`, a tile of the same shape and type that changes with every
+    step: the compiler then neither hoists it out of the loop, so x stays packed, two elements a register, nor leaves x
+    in another layout than the product's accumulator."""
+    if HOLD:
+        return tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r,r", [x, beside], tl.float32, True, 2
+        )
+    return x.to(tl.float32)
+
+
+@jit
+def silu(x, FAST: tl.constexpr):
+    if FAST:
+        half = x * 0.5
+        return half * tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=r,r", [half], tl.float32, True, 1) + half
+    return x * tl.sigmoid(x)
+
+
+@jit
+def rms_scale(y, eps, D: tl.constexpr):
+    """1 / sqrt(mean(y^2) + eps) of every row of y (BLOCK_N, BLOCK_D); columns past D are zero."""
+    return tl.rsqrt(tl.sum(y * y, 1) * (1.0 / D) + eps)[:, None]
+
+
+@jit
+def tile_offsets(tile, n, stride, first, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, D: tl.constexpr):
+    """Offsets (int64) and mask of rows [tile * BLOCK_N, ...) and columns [first, first + D)."""
+    rows = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = tl.arange(0, BLOCK_D)
+    offsets = rows.to(tl.int64)[:, None] * stride + (first + columns)[None, :]
+    mask = (rows < n)[:, None]
+    if BLOCK_D != D:
+        mask = mask & (columns < D)[None, :]
+    return offsets, mask
+
+
+@jit
+def weight_offsets(matrix, BLOCK_D: tl.constexpr, D: tl.constexpr):
+    """Offsets and mask of the `matrix`-th (D, D) block of a contiguous weight."""
+    index = tl.arange(0, BLOCK_D)
+    offsets = matrix * D * D + index[:, None] * D + index[None, :]
+    mask = (index < D)[:, None] & (index < D)[None, :]
+    return offsets, mask
+
+
+# ---------------------------------------------------------------------------------------------------- launch table
+
+
+@dataclass(frozen=True)
+class Config:
+    """How one kernel is launched: rows of a tile, warps of a program, programs wanted on each multiprocessor."""
+
+    rows: int
+    warps: int
+    programs: int
+
+
+# {kernel: {(bytes of an element, "few" or "many" tokens): Config}}. One table serves sm_80 to sm_90: every entry is sized
+# for an sm_86 block (docs/compile_table.md). "few" means that tiles of the "many" entry would leave multiprocessors idle.
+TABLE: dict[str, dict[tuple[int, str], Config]] = {
+    "l_forward": {
+        (2, "few"): Config(16, 4, 4),
+        (2, "many"): Config(64, 4, 4),
+        (4, "few"): Config(16, 4, 2),
+        (4, "many"): Config(16, 4, 2),
+    },
+    "l_backward": {
+        (2, "few"): Config(16, 4, 1),
+        (2, "many"): Config(64, 8, 1),
+        (4, "few"): Config(16, 8, 1),
+        (4, "many"): Config(16, 8, 1),
+    },
+    "h_forward": {
+        (2, "few"): Config(16, 4, 4),
+        (2, "many"): Config(64, 4, 4),
+        (4, "few"): Config(16, 4, 2),
+        (4, "many"): Config(16, 4, 2),
+    },
+    "h_backward": {
+        (2, "few"): Config(16, 4, 1),
+        (2, "many"): Config(64, 8, 1),
+        (4, "few"): Config(16, 8, 1),
+        (4, "many"): Config(16, 8, 1),
+    },
+}
+_overrides: dict[str, Config] = {}
+
+
+@contextmanager
+def override_config(**configs: Config) -> Iterator[None]:
+    """Launches the named kernels (keys of `TABLE`) with other configurations inside the `with` block.
+
+    Raises:
+        ValueError: a name is no kernel of the table.
+    """
+    for name in configs:
+        if name not in TABLE:
+            raise ValueError(f"override_config: {name!r} is no kernel; it should be one of {', '.join(TABLE)}")
+    previous = dict(_overrides)
+    _overrides.update(configs)
+    try:
+        yield
+    finally:
+        _overrides.clear()
+        _overrides.update(previous)
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    return 1 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@dataclass(frozen=True)
+class Launch:
+    """The grid of one launch, (heads, programs), and the options that every kernel takes."""
+
+    grid: tuple[int, int]
+    options: dict[str, object]
+
+
+def plan(kernel: str, n: int, heads: int, head_size: int, like: Tensor) -> Launch:
+    """Chooses the configuration for `n` tokens of `heads` heads; programs loop over tiles with their weights on chip."""
+    units = multiprocessors(like.device)
+    table = TABLE[kernel]
+    many = table[like.element_size(), "many"]
+    enough = triton.cdiv(n, many.rows) * heads >= units
+    config = _overrides.get(kernel) or (many if enough else table[like.element_size(), "few"])
+    tiles = triton.cdiv(n, config.rows)
+    programs = max(1, min(tiles, units * config.programs // heads))
+    return Launch((heads, programs), kernel_options(config, head_size, like.dtype))
+
+
+@cache
+def kernel_options(config: Config, head_size: int, dtype: torch.dtype) -> dict[str, object]:
+    """The compile-time constants and launch options that every tiled kernel takes."""
+    return {
+        "D": head_size,
+        "BLOCK_D": max(16, triton.next_power_of_2(head_size)),
+        "BLOCK_N": config.rows,
+        "PRECISION": _precision(dtype),
+        "FAST": dtype == torch.bfloat16 and not interpreting(),
+        "num_warps": config.warps,
+        "num_stages": 1,
+    }
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """float32 products are exact unless the user turned tf32 on."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def rows_of(tensor: Tensor) -> Tensor:
+    """(..., d) as (rows, d) with unit stride in d, without a copy where the strides allow (expanded rows do)."""
+    flat = tensor.reshape(-1, tensor.shape[-1])
+    return flat if flat.stride(-1) == 1 else flat.contiguous()

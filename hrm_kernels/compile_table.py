@@ -1,0 +1,171 @@
+"""Compiles every launch configuration for GPUs that are not here and reports what each needs of a block.
+
+`python -m hrm_kernels.compile_table [--output FILE]` writes the table of docs/compile_table.md: shared memory (bytes a
+block), registers a thread and spilled bytes a thread, as Triton's compiler and cuobjdump report them. It exits with 1
+where a configuration does not fit its GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from hrm_kernels._triton import TABLE, Config, kernel_options, triton
+from hrm_kernels.carry_update import BLOCK, FINISH_BLOCK, FINISH_WARPS, WARPS, _carry_kernel, _finish_kernel
+from hrm_kernels.h_update import _h_backward_kernel, _h_forward_kernel
+from hrm_kernels.l_recurrence import _l_backward_kernel, _l_forward_kernel
+
+SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448}  # bytes that one block may have
+ARCHITECTURES = tuple(SHARED_LIMIT)
+NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+# each kernel with the sets of flags that change its code
+_TILED = {
+    "l_forward": (_l_forward_kernel, ({"SAVE": False}, {"SAVE": True})),
+    "l_backward": (
+        _l_backward_kernel,
+        tuple({"MANY": many, "GRAD_Z": grad_z} for many in (False, True) for grad_z in (False, True)),
+    ),
+    "h_forward": (_h_forward_kernel, ({},)),
+    "h_backward": (_h_backward_kernel, ({},)),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel as it can be launched: its name, element type, compile-time constants and warps."""
+
+    name: str
+    dtype: torch.dtype
+    constants: tuple[tuple[str, object], ...]
+    warps: int
+
+    @property
+    def rows(self) -> int | None:
+        return dict(self.constants).get("BLOCK_N")  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a compiled kernel needs: bytes of shared memory a block, registers and spilled bytes a thread."""
+
+    case: Case
+    architecture: int
+    shared: int
+    registers: int
+    spilled: int
+
+    @property
+    def fits(self) -> bool:
+        return self.shared <= SHARED_LIMIT[self.architecture]
+
+
+def tiled_case(kernel: str, tokens: str, config: Config, dtype: torch.dtype, head_size: int, flags: dict) -> Case:
+    """A kernel of the launch table with one configuration; `tokens` ("few" or "many") only names it."""
+    options = dict(kernel_options(config, head_size, dtype))
+    warps = options.pop("num_warps")
+    options.pop("num_stages")
+    name = " ".join((kernel, tokens, *(flag.lower() for flag, on in flags.items() if on)))
+    return Case(name, dtype, tuple((options | flags).items()), warps)  # type: ignore[arg-type]
+
+
+def cases(head_sizes: Iterable[int] = (64,), dtypes: Iterable[torch.dtype] = tuple(NAMES)) -> Iterator[Case]:
+    """Every configuration that the launchers can choose, for the given head sizes and element types."""
+    for dtype in dtypes:
+        for kernel, (_, variants) in _TILED.items():
+            for (size, tokens), config in TABLE[kernel].items():
+                if size == dtype.itemsize:
+                    for flags in variants:
+                        yield from (tiled_case(kernel, tokens, config, dtype, d, flags) for d in head_sizes)
+        for whole in (True, False):
+            name = "carry whole" if whole else "carry parts"
+            yield Case(name, dtype, (("WHOLE", whole), ("BLOCK", BLOCK)), WARPS)
+    yield Case("carry_finish", torch.float32, (("BLOCK", FINISH_BLOCK),), FINISH_WARPS)
+
+
+def _function(case: Case):
+    kernel = case.name.split()[0]
+    return {"carry": _carry_kernel, "carry_finish": _finish_kernel}.get(kernel) or _TILED[kernel][0]
+
+
+def compile_case(case: Case, architecture: int) -> Report:
+    """Compiles `case` for compute capability `architecture` (such as 86); needs Triton but no GPU."""
+    from triton.backends.compiler import GPUTarget
+
+    function, constants = _function(case), dict(case.constants)
+    signature, attributes = {}, {}
+    for index, name in enumerate(function.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            signature[name] = "*" + _pointee(name, case.dtype)
+        else:
+            signature[name] = "fp32" if name == "eps" else "i32"
+        if name.endswith(("_ptr", "_stride")):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = triton.compiler.ASTSource(function, signature, constants, attributes)
+    options = {"num_warps": case.warps, "num_stages": 1}
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    return Report(case, architecture, compiled.metadata.shared, *_resources(compiled.asm["cubin"]))
+
+
+def _pointee(name: str, dtype: torch.dtype) -> str:
+    fixed = {"grad_w_ptr": "fp32", "partial_ptr": "fp32", "residual_ptr": "fp32"}
+    fixed |= {"halted_ptr": "i1", "steps_ptr": "i32", "new_steps_ptr": "i32"}
+    return fixed.get(name, NAMES[dtype])
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers and spilled bytes a thread, as cuobjdump in Triton's own package prints them."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack = (int(re.search(rf"{key}:(\d+)", text).group(1)) for key in ("REG", "STACK"))  # type: ignore
+    return registers, stack
+
+
+def table(reports: Iterable[Report]) -> str:
+    """Markdown: a row for each kernel, an entry "shared / registers / spilled" for each architecture."""
+    by_case: dict[Case, dict[int, Report]] = {}
+    for report in reports:
+        by_case.setdefault(report.case, {})[report.architecture] = report
+    lines = [
+        "| kernel | type | rows | warps | " + " | ".join(f"sm_{a}" for a in ARCHITECTURES) + " |",
+        "|---|---|---|---|" + "---|" * len(ARCHITECTURES),
+    ]
+    for case, found in by_case.items():
+        cells = [f"{r.shared} / {r.registers} / {r.spilled}" if (r := found.get(a)) else "" for a in ARCHITECTURES]
+        head = (case.name, NAMES[case.dtype], str(case.rows or ""), str(case.warps))
+        lines.append("| " + " | ".join((*head, *cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, help="write the table here instead of printing it")
+    output = parser.parse_args().output
+    reports = [compile_case(case, architecture) for case in cases() for architecture in ARCHITECTURES]
+    header = (
+        "# What each launch configuration needs\n\nMade by `python -m hrm_kernels.compile_table` with Triton "
+        f"{triton.__version__}, head size 64. Entries: shared memory (bytes a block) / registers a thread / spilled "
+        f"bytes a thread.\nLimits of shared memory a block: "
+        + ", ".join(f"{limit:,} B on sm_{a}" for a, limit in SHARED_LIMIT.items())
+        + ".\n\n"
+    )
+    text = header + table(reports)
+    print(text) if output is None else output.write_text(text)
+    return 0 if all(report.fits for report in reports) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
