@@ -56,7 +56,12 @@ class SlotCache:
         """Writes the tokens of this call behind those of `length` and returns all keys and values of the slot.
 
         keys, values: (B, kv_heads, S, head_dim) -> two of (B, kv_heads, length + S, head_dim).
+
+        Raises:
+            RuntimeError: keys or values carry a graph, which the slots cannot keep.
         """
+        if torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad):
+            raise RuntimeError("use_cache=True keeps no gradients; call the model under torch.no_grad()")
         end = self.length + keys.shape[2]
         buffer = self._buffer(segment, cycles, keys, end)
         buffer[cycle, 0, :, :, self.length : end] = keys
@@ -111,26 +116,31 @@ class SlotCache:
 class Mixing:
     """What the mixer needs to know about one forward pass, the same for all its segments and cycles."""
 
+    heads: int
+    cycles: int
     cos: Tensor  # (B, 1, S, head_dim / 2)
     sin: Tensor  # (B, 1, S, head_dim / 2)
-    mask: Tensor | None  # (B, 1, S, past + S) bool, True where a query may look; None: causal, nothing hidden
-    causal: bool  # with mask None: whether a query sees only keys up to its own
+    mask: Tensor | None  # (B, 1, S, past + S) bool, True where a query may look; None: `causal` says it all
+    causal: bool  # without a mask: whether a query sees only keys up to its own
     cache: SlotCache | None
     segment: int = 0
-    active: Tensor | None = None  # (B, S) bool, the tokens that have not halted; None: all
+    active: Tensor | None = None  # (B, S) bool, tokens that have not halted; None: nothing halts by token
     offered: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # cycle -> what this call's tokens offer
 
-    def offer(self, cycle: int, cycles: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """The keys and values to attend to in this cycle; halted tokens go on offering those of their last segment."""
-        if self.active is not None and cycle in self.offered:
-            active = self.active[:, None, :, None]
-            old_keys, old_values = self.offered[cycle]
-            keys, values = torch.where(active, keys, old_keys), torch.where(active, values, old_values)
+    def offer(self, cycle: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """All keys and values to attend to, given those of this call's tokens: (B, kv_heads, S, head_dim) each.
+
+        Tokens that halted go on offering those of their last segment, same cycle.
+        """
         if self.active is not None:
+            if cycle in self.offered:
+                active = self.active[:, None, :, None]
+                old_keys, old_values = self.offered[cycle]
+                keys, values = torch.where(active, keys, old_keys), torch.where(active, values, old_values)
             self.offered[cycle] = (keys, values)
         if self.cache is None:
             return keys, values
-        return self.cache.extend(self.segment, cycle, cycles, keys, values)
+        return self.cache.extend(self.segment, cycle, self.cycles, keys, values)
 
 
 def visible(attention_mask: Tensor | None, batch: int, tokens: int, past: int, device: torch.device) -> Tensor | None:
@@ -157,27 +167,24 @@ def _only_right_padding(attention_mask: Tensor) -> bool:
     return not bool((attention_mask[:, 1:] > attention_mask[:, :-1]).any())
 
 
-def mix(
-    z: Tensor,  # (B * S, d_h)
-    w_qkv: Tensor,  # (d_h, (heads + 2 kv_heads) * head_dim)
-    w_o: Tensor,  # (d_h, d_h)
-    heads: int,
-    mixing: Mixing,
-    cycle: int,
-    cycles: int,
-) -> Tensor:
-    """z + Attn(z), the `a` of the H step: (B * S, d_h)."""
+def mix(z: Tensor, w_qkv: Tensor, w_o: Tensor, mixing: Mixing, cycle: int) -> Tensor:
+    """The `a` of the H step, z + Attn(z).
+
+    z (B * S, d_h), w_qkv (d_h, (heads + 2 kv_heads) * head_dim), w_o (d_h, d_h) -> (B * S, d_h).
+    """
     batch, _, tokens, half = mixing.cos.shape
     qkv = (z @ w_qkv).view(batch, tokens, -1, 2 * half).transpose(1, 2)
-    queries, keys, values = qkv.split([heads, *[(qkv.shape[1] - heads) // 2] * 2], dim=1)
-    queries, keys = (rotate(part, mixing.cos, mixing.sin) for part in (queries, keys))
-    keys, values = mixing.offer(cycle, cycles, keys, values)
+    kv_heads = (qkv.shape[1] - mixing.heads) // 2
+    queries, keys, values = qkv.split([mixing.heads, kv_heads, kv_heads], dim=1)
+    keys, values = mixing.offer(cycle, rotate(keys, mixing.cos, mixing.sin), values)
+    if mixing.mask is not None:  # SDPA's memory-saving CUDA kernel takes a mask or grouped heads, not both
+        keys, values = (part.repeat_interleave(mixing.heads // kv_heads, dim=1) for part in (keys, values))
     mixed = F.scaled_dot_product_attention(
-        queries,
+        rotate(queries, mixing.cos, mixing.sin),
         keys,
         values,
         attn_mask=mixing.mask,
         is_causal=mixing.causal and mixing.mask is None,
-        enable_gqa=keys.shape[1] != heads,
+        enable_gqa=keys.shape[1] != mixing.heads,
     )
     return torch.addmm(z, mixed.transpose(1, 2).reshape(z.shape), w_o)

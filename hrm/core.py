@@ -36,7 +36,8 @@ class Segment:
 
     z_h: Tensor  # (B, S, d_h), the slow state that the read-out sees
     q: Tensor  # (B, S, 2), float32: halt, go on
-    active: Tensor  # (B, S) bool: real tokens whose row (or which themselves) had not halted before this segment
+    active: Tensor  # (B, S) bool: real tokens that had not halted before this segment
+    last: Tensor  # (B, S) bool: tokens that may run no further segment after this one
 
 
 class CoreOutput(NamedTuple):
@@ -46,7 +47,7 @@ class CoreOutput(NamedTuple):
     z_h: Tensor  # (B, S, d_h), each token's slow state after its own last segment
     carry: HRMCarry
     segments_used: Tensor  # (B, S) int32, segments that each token ran in this call; 0 for padding
-    residuals: Tensor  # (M, 2) float32, mean relative change of z_L and z_H in each segment over its active tokens
+    residuals: Tensor  # (M, 2) float32, mean relative change of z_L and z_H over the real tokens of rows that go on
 
 
 class HRMCore(nn.Module):
@@ -74,6 +75,7 @@ class HRMCore(nn.Module):
         self.b_h = _parameter(3 * d_h)
         self.r_h = _parameter(3, d_h // size, size, size)
         if config.h_mixer == "attention":
+            assert config.attn_kv_heads is not None  # HRMConfig fills it in
             kv_width = config.attn_kv_heads * self.attn_head_dim
             self.w_qkv = _parameter(d_h, d_h + 2 * kv_width)
             self.w_o = _parameter(d_h, d_h)
@@ -202,7 +204,7 @@ class HRMCore(nn.Module):
             weights = self._weights(dtype)
             context = self.input_context(h, weights)
             mixing = self._mixing(attention_mask, position_ids, h, cache, dtype)
-            return self._run(context, carry, weights, mixing, real, segments, counted)
+            return self._run(context, carry, weights, mixing, real, segments, real if counted is None else counted)
 
     def input_context(self, h: Tensor, weights: SimpleNamespace | None = None) -> Tensor:
         """x W_x + b_c with x = rms_norm(h): (B, S, d) -> (B * S, 2 d_l), what all cycles and segments share."""
@@ -248,7 +250,7 @@ class HRMCore(nn.Module):
             backend=self.backend,
         )
         if mixing is not None:
-            z_h = mix(z_h, weights.w_qkv, weights.w_o, config.attn_heads, mixing, cycle, config.h_cycles)
+            z_h = mix(z_h, weights.w_qkv, weights.w_o, mixing, cycle)
         inputs = torch.addmm(weights.b_h, z_l, weights.w_l)
         return z_l, hrm_kernels.h_update(z_h, inputs, weights.r_h, eps=config.norm_eps, backend=self.backend)
 
@@ -267,48 +269,54 @@ class HRMCore(nn.Module):
         mixing: Mixing | None,
         real: Tensor,
         segments: int | None,
-        counted: Tensor | None,
+        counted: Tensor,
     ) -> CoreOutput:
-        halting = self.config.act and (self.training or segments is None)
-        limit = segments or (self.config.max_segments if halting else self.config.segments)
+        halting, limit = self._plan(segments)
         z_l, z_h = carry.z_l.flatten(0, 1), carry.z_h.flatten(0, 1)
         steps = carry.steps[:, None].expand(real.shape)
         halted = torch.zeros_like(real)
         used = torch.zeros_like(real, dtype=torch.int32)
+        out = carry.z_h
         done: list[Segment] = []
-        residuals, out = [], z_h.view(*real.shape, -1)
+        residuals: list[Tensor] = []
         for index in range(limit):
-            active = real & ~halted
+            active, last = real & ~halted, steps + 1 >= self.config.max_segments
             if mixing is not None:
                 mixing.segment, mixing.active = index, active if halting and not self.training else None
             new_l, new_h = self.segment(context, z_l, z_h, weights, mixing)
-            done.append(Segment(new_h.view_as(out), self._q(new_h, weights).view(*real.shape, 2), active))
+            q = torch.addmm(weights.b_q, new_h, weights.w_q).float().view(*real.shape, 2)
+            done.append(Segment(new_h.view_as(out), q, active, last))
             out = torch.where(active[..., None], done[-1].z_h, out) if halting else done[-1].z_h
             used = used + active
             if halting:
-                halted = halted | self._stops(done[-1].q, steps + 1, real if counted is None else counted)
-            restart = (halted | ~real).all(1, keepdim=True).expand(real.shape) & halting
-            z_l, z_h, steps, moved = self._hand_over(restart, steps, (z_l, z_h), (new_l, new_h), weights)
+                halted = halted | last | self._wants_to_stop(q, counted)
+            # a row starts afresh once all its real tokens have halted; without halting no row ever does
+            restart = (halted | ~real).all(1, keepdim=True).logical_and(halted.any(1, keepdim=True)).expand_as(real)
+            (z_l, z_h), steps, moved = self._hand_over(restart, steps, (z_l, z_h), (new_l, new_h), weights)
             residuals.append(_mean(moved, real & ~restart))
             if halting and not (real & ~halted).any():
                 break
         if mixing is not None and mixing.cache is not None:
             mixing.cache.commit(real.shape[1], len(done))
-        carry = HRMCarry(z_l.view(*real.shape, -1), z_h.view_as(out), steps[:, 0].contiguous(), restart[:, 0].clone())
+        carry = HRMCarry(z_l.view_as(carry.z_l), z_h.view_as(carry.z_h), steps[:, 0].clone(), restart[:, 0].clone())
         return CoreOutput(done, out, carry, used, torch.stack(residuals))
 
-    @staticmethod
-    def _q(z_h: Tensor, weights: SimpleNamespace) -> Tensor:
-        return torch.addmm(weights.b_q, z_h, weights.w_q).float()
+    def _plan(self, segments: int | None) -> tuple[bool, int]:
+        """Whether anything may halt in this call, and the most segments that it runs."""
+        if segments is not None and (not isinstance(segments, int) or segments < 1):
+            raise ValueError(f"segments is {segments!r}; it should be a whole number, at least 1, or None")
+        halting = self.config.act and (self.training or segments is None)
+        return halting, segments or (self.config.max_segments if halting else self.config.segments)
 
     @torch.no_grad()
-    def _stops(self, q: Tensor, steps: Tensor, counted: Tensor) -> Tensor:
-        """(B, S) bool: who halts after this segment, by row in training and by token in evaluation."""
+    def _wants_to_stop(self, q: Tensor, counted: Tensor) -> Tensor:
+        """(B, S) bool: q_halt is above q_continue, by each row's mean over `counted` in training, else by token."""
         margin = q[..., 0] - q[..., 1]
-        if self.training:  # a row in which nothing counts has nothing to go on for
-            share = (margin * counted).sum(1, keepdim=True)
-            margin = torch.where(counted.any(1, keepdim=True), share, 1.0).expand_as(margin)
-        return (margin > 0) | (steps >= self.config.max_segments)
+        if not self.training:
+            return margin > 0
+        mean = (margin * counted).sum(1, keepdim=True)  # up to a positive factor
+        # a row in which nothing counts has nothing to go on for
+        return ((mean > 0) | ~counted.any(1, keepdim=True)).expand_as(margin)
 
     def _hand_over(
         self,
@@ -317,17 +325,16 @@ class HRMCore(nn.Module):
         old: tuple[Tensor, Tensor],
         new: tuple[Tensor, Tensor],
         weights: SimpleNamespace,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
         """The states and steps to go on with, without graph, and how far each token's two states moved (B, S, 2)."""
-        states, moved = [], []
         rows, counts = restart.flatten(), steps.flatten()
-        for before, after, init in zip(old, new, (weights.z_l_init, weights.z_h_init), strict=True):
-            state, counts_now, residual = hrm_kernels.carry_update(
-                rows, counts, before, after.detach(), init, backend=self.backend
-            )
-            states.append(state)
-            moved.append(residual.view(restart.shape))
-        return *states, counts_now.view(restart.shape), torch.stack(moved, dim=-1)
+
+        def update(before: Tensor, after: Tensor, init: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            return hrm_kernels.carry_update(rows, counts, before, after.detach(), init, backend=self.backend)
+
+        z_l, counts_after, moved_l = update(old[0], new[0], weights.z_l_init)
+        z_h, _, moved_h = update(old[1], new[1], weights.z_h_init)
+        return (z_l, z_h), counts_after.view_as(restart), torch.stack((moved_l, moved_h), -1).view(*restart.shape, 2)
 
     # ------------------------------------------------------------------------------------------------ helpers
 
@@ -346,13 +353,14 @@ class HRMCore(nn.Module):
     ) -> Mixing | None:
         if self.config.h_mixer == "none":
             return None
+        assert self.config.attn_heads is not None  # HRMConfig fills it in
         batch, tokens, _ = h.shape
         past = cache.length if cache is not None else 0
         if position_ids is None:
             position_ids = _positions(attention_mask, batch, tokens, past, h.device)
         cos, sin = rotation(position_ids.expand(batch, tokens), self.attn_head_dim, self.config.rope_theta, dtype)
         mask = visible(attention_mask, batch, tokens, past, h.device)
-        return Mixing(cos, sin, mask, causal=past == 0, cache=cache)
+        return Mixing(self.config.attn_heads, self.config.h_cycles, cos, sin, mask, causal=past == 0, cache=cache)
 
     def _norm(self, values: Tensor) -> Tensor:
         """RMS norm over the last dimension without weight, statistics in float32."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from hrm.config import from_mapping
@@ -67,6 +66,10 @@ class AdapterConfig:
 def add_adapters(decoder: nn.Module, config: AdapterConfig) -> None:
     """Injects both adapters into `decoder` in place; both are active and trainable.
 
+    Args:
+        decoder: the part of a language model that holds its layers, without its head.
+        config: ranks and dropout.
+
     Raises:
         ValueError: `decoder` has no attention or no FFN projection that can be found; the message lists what it has.
     """
@@ -77,23 +80,24 @@ def add_adapters(decoder: nn.Module, config: AdapterConfig) -> None:
     for name, (rank, modules) in targets.items():
         lora = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=config.dropout, target_modules=modules)
         inject_adapter_in_model(lora, decoder, adapter_name=name)
-    for layer in _lora_layers(decoder):
+        del decoder.peft_config  # PEFT's note to itself; it takes the next adapter for a mistake
+    for layer in _adapted(decoder).values():
         layer.set_adapter(list(layer.r))  # injecting an adapter deactivates the ones before it
-        for part in layer.modules():
-            part._is_hf_initialized = True  # PEFT has drawn the weights; transformers must not draw them again
+        for part in (layer.lora_A, layer.lora_B):
+            part.float()  # trained weights stay in float32 whatever the backbone is in
+            for linear in part.values():
+                linear._is_hf_initialized = True  # PEFT has drawn it; transformers must not draw it again
 
 
 def merge_adapters(decoder: nn.Module) -> None:
     """Adds both adapters to the weights they adapt and takes their layers out, in place."""
-    for name, layer in list(decoder.named_modules()):
-        if isinstance(layer, BaseTunerLayer):
-            layer.merge(safe_merge=True)
-            parent, _, child = name.rpartition(".")
-            setattr(decoder.get_submodule(parent), child, layer.get_base_layer())
+    for name, layer in _adapted(decoder).items():
+        layer.merge(safe_merge=True)
+        decoder.set_submodule(name, layer.get_base_layer())
 
 
-def _lora_layers(module: nn.Module) -> Iterable[LoraLayer]:
-    return (layer for layer in module.modules() if isinstance(layer, LoraLayer))
+def _adapted(decoder: nn.Module) -> dict[str, Any]:
+    return {name: layer for name, layer in decoder.named_modules() if isinstance(layer, LoraLayer)}
 
 
 def _find(decoder: nn.Module, names: tuple[str, ...], kind: str) -> list[str]:

@@ -6,11 +6,11 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import ModelOutput
@@ -19,11 +19,10 @@ from transformers.utils import can_return_tuple
 from hrm.attention import SlotCache
 from hrm.config import HRMConfig
 from hrm.core import CoreOutput, HRMCarry, HRMCore
+from hrm.inputs import check_inputs
 from hrm.lora import AdapterConfig, add_adapters, merge_adapters
-from hrm.loss import linear_cross_entropy
+from hrm.loss import IGNORED, TokenLoss, linear_cross_entropy, masked_mean, next_token_targets, q_loss
 from hrm.saving import save_atomically
-
-IGNORED = -100  # label of a position that is not scored
 
 
 class HRMGemmaConfig(PreTrainedConfig):
@@ -36,8 +35,17 @@ class HRMGemmaConfig(PreTrainedConfig):
     """
 
     model_type = "hrm_gemma"
-    sub_configs = {"backbone": AutoConfig}  # noqa: RUF012 (transformers reads the class attribute)
-    keys_to_ignore_at_inference = ["past_key_values", "carry", "segment_losses", "q_loss"]  # noqa: RUF012
+    sub_configs: ClassVar[dict[str, Any]] = {"backbone": AutoConfig}
+    # what Trainer's evaluation would otherwise gather as predictions
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        "past_key_values",
+        "carry",
+        "segment_losses",
+        "q_loss",
+        "segments_used",
+        "token_segments",
+        "residuals",
+    ]
 
     def __init__(
         self,
@@ -87,7 +95,7 @@ class HRMCache(DynamicCache):
         super().__init__(config=config)
         self.slots = SlotCache()
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
         self.slots.select(beam_idx)
 
@@ -125,6 +133,7 @@ class HRMGemmaForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_attention_backend = True
     # the parts that train stay in float32 whatever the backbone is loaded in; `model.to(dtype)` casts them too
     _keep_in_fp32_modules_strict = {"hrm", "lora_A", "lora_B"}  # noqa: RUF012
+    _no_split_modules = {"HRMCore"}  # noqa: RUF012
 
     def __init__(self, config: HRMGemmaConfig, backbone: PreTrainedModel | None = None) -> None:
         super().__init__(config)
@@ -144,7 +153,7 @@ class HRMGemmaForCausalLM(PreTrainedModel, GenerationMixin):
         *,
         hrm: HRMConfig | Mapping[str, Any] | None = None,
         lora: bool | Mapping[str, Any] | None = True,
-        dtype: torch.dtype | str | None = None,
+        dtype: torch.dtype | None = None,
         **from_pretrained_kwargs: Any,
     ) -> HRMGemmaForCausalLM:
         """Puts a fresh core, and adapters, on a pretrained language model, whose own weights are frozen.
@@ -159,16 +168,16 @@ class HRMGemmaForCausalLM(PreTrainedModel, GenerationMixin):
         if isinstance(model_or_path, PreTrainedModel):
             if from_pretrained_kwargs:
                 raise ValueError(f"from_backbone: {sorted(from_pretrained_kwargs)} are for loading; a model was given")
-            backbone = model_or_path if dtype is None else model_or_path.to(dtype)
+            backbone = model_or_path if dtype is None else model_or_path.to(dtype=dtype)  # type: ignore[call-arg]
         else:
             backbone = AutoModelForCausalLM.from_pretrained(
                 model_or_path, dtype=dtype or "auto", **from_pretrained_kwargs
             )
+        _check_head(backbone)
         model = cls(HRMGemmaConfig(backbone=backbone.config, hrm=hrm, lora=lora), backbone=backbone)
         model.hrm.to(backbone.device)
         model.generation_config = backbone.generation_config
-        model.train(backbone.training)
-        return model
+        return model.train(backbone.training)
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
@@ -177,7 +186,9 @@ class HRMGemmaForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             RuntimeError: the checkpoint lacks tensors of the model, or holds others; the message lists them.
         """
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model: Any
+        info: dict[str, Any]
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
         problems = [
             f"{kind}: {', '.join(sorted(map(str, info[key])))}"
             for kind, key in (("missing", "missing_keys"), ("not in the model", "unexpected_keys"))
@@ -188,16 +199,15 @@ class HRMGemmaForCausalLM(PreTrainedModel, GenerationMixin):
         model._freeze_backbone()  # loading replaces parameters by trainable ones
         return (model, info) if output_loading_info else model
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Writes config and safetensors; the folder holds the old checkpoint or the new one, never half of it."""
         self.config.hrm = self.hrm.config.to_dict()
-        save_atomically(super().save_pretrained, Path(save_directory), **kwargs)
+        save_atomically(super().save_pretrained, Path(save_directory), *args, **kwargs)
 
     def merge_adapters(self) -> HRMGemmaForCausalLM:
         """Adds both adapters to the backbone's weights and takes them out; returns self."""
         merge_adapters(self.backbone.get_decoder())
         self.config.lora = None
-        self._freeze_backbone()
         return self
 
     def trainable_parameters(self) -> dict[str, list[nn.Parameter]]:
@@ -215,8 +225,7 @@ class HRMGemmaForCausalLM(PreTrainedModel, GenerationMixin):
             getattr(self.hrm, name).requires_grad_(self.hrm.config.act)
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, HRMCore):
-            module.reset_parameters()
+        """Nothing to do: the core, the adapters and the backbone each draw their weights when they are made."""
 
     # ------------------------------------------------------------------------------------------------ embeddings
 
@@ -232,8 +241,17 @@ class HRMGemmaForCausalLM(PreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.backbone.set_output_embeddings(new_embeddings)
 
-    def get_decoder(self, modality: str | None = None) -> nn.Module:
-        return self.backbone.get_decoder()
+    def get_decoder(self, *args: Any, **kwargs: Any) -> nn.Module:
+        return self.backbone.get_decoder(*args, **kwargs)
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, *args: Any, **kwargs: Any
+    ) -> None:
+        """As in transformers, without re-entrant checkpoints: with Gemma 3n those give wrong gradients."""
+        settings = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        if settings["use_reentrant"]:
+            raise ValueError("use_reentrant is True; it should be False: re-entrant checkpoints give wrong gradients")
+        super().gradient_checkpointing_enable(settings, *args, **kwargs)
 
     # ------------------------------------------------------------------------------------------------ forward
 
@@ -273,6 +291,16 @@ class HRMGemmaForCausalLM(PreTrainedModel, GenerationMixin):
             ValueError: an argument is not as above; the message names it.
         """
         past_key_values = self._cache(past_key_values, use_cache)
+        check_inputs(
+            self.config.get_text_config(),
+            input_ids,
+            inputs_embeds,
+            attention_mask,
+            position_ids,
+            labels,
+            past=0 if past_key_values is None else past_key_values.get_seq_length(),
+            per_layer_inputs=backbone_kwargs.get("per_layer_inputs"),
+        )
         inputs = self.backbone.get_decoder()(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -283,7 +311,7 @@ class HRMGemmaForCausalLM(PreTrainedModel, GenerationMixin):
             **backbone_kwargs,
         )
         h = inputs.last_hidden_state
-        targets = None if labels is None else _targets(labels, attention_mask)
+        targets = None if labels is None else next_token_targets(labels, attention_mask)
         core = self.hrm(
             h,
             attention_mask=attention_mask,
@@ -311,30 +339,28 @@ class HRMGemmaForCausalLM(PreTrainedModel, GenerationMixin):
         return output
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        """The backbone's head and soft cap: (..., d) -> (..., vocabulary)."""
-        logits = self.backbone.get_output_embeddings()(hidden)
-        cap = getattr(self.config.get_text_config(), "final_logit_softcapping", None)
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        return _head(self.backbone, hidden)
 
     def _add_loss(self, output: HRMOutput, h: Tensor, core: CoreOutput, targets: Tensor) -> None:
         """Each segment's mean over the scored tokens that ran it, their mean, and the Q head's loss under ACT."""
         rows = (targets != IGNORED).flatten().nonzero().squeeze(1)
         wanted, h = targets.flatten()[rows], h.flatten(0, 1)[rows]
-        vocabulary = self.config.get_text_config().vocab_size
-        losses, active, correct, values = [], [], [], []
-        for segment in core.segments:
-            hidden = self.hrm.read_out(h, segment.z_h.flatten(0, 1)[rows])
-            scored = linear_cross_entropy(hidden, wanted, self._logits, vocabulary)
-            weight = segment.active.flatten()[rows].float()
-            losses.append((scored.loss * weight).sum() / weight.sum().clamp_min(1))
-            active.append(weight)
-            correct.append(scored.correct)
-            values.append(segment.q.flatten(0, 1)[rows])
-        output.segment_losses = torch.stack(losses).detach()
-        output.loss = torch.stack(losses).mean()
+        active = torch.stack([segment.active.flatten()[rows] for segment in core.segments])
+        scores = [self._score(segment.z_h.flatten(0, 1)[rows], h, wanted) for segment in core.segments]
+        losses = torch.stack([masked_mean(score.loss, ran) for score, ran in zip(scores, active, strict=True)])
+        output.segment_losses, output.loss = losses.detach(), losses.mean()
         if self.hrm.config.act:
-            output.q_loss = q_loss(torch.stack(values), torch.stack(correct), torch.stack(active))
+            output.q_loss = q_loss(
+                torch.stack([segment.q.flatten(0, 1)[rows] for segment in core.segments]),
+                torch.stack([score.correct for score in scores]),
+                active,
+                torch.stack([segment.last.flatten()[rows] for segment in core.segments]),
+            )
             output.loss = output.loss + self.hrm.config.q_loss_weight * output.q_loss
+
+    def _score(self, z_h: Tensor, h: Tensor, targets: Tensor) -> TokenLoss:
+        vocabulary = self.config.get_text_config().vocab_size
+        return linear_cross_entropy(self.hrm.read_out(h, z_h), targets, self._logits, vocabulary)
 
     def _cache(self, cache: Cache | None, use_cache: bool | None) -> HRMCache | None:
         if cache is None:
@@ -345,48 +371,41 @@ class HRMGemmaForCausalLM(PreTrainedModel, GenerationMixin):
 
     # ------------------------------------------------------------------------------------------------ generation
 
-    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict, *args: Any) -> None:
+    def _prepare_cache_for_generation(  # type: ignore[override]  # transformers says bool there and returns None
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """Hands an `HRMCache` to `generate` where it would make a cache for the backbone alone."""
         kind = generation_config.cache_implementation
         if kind not in (None, "dynamic"):
             raise ValueError(f"cache_implementation is {kind!r}; it should be None or 'dynamic'")
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
-        cache = model_kwargs.get("past_key_values")
-        if isinstance(cache, DynamicCache) and not isinstance(cache, HRMCache) and cache.get_seq_length() == 0:
+        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = HRMCache(self.config)
 
 
-def q_loss(values: Tensor, correct: Tensor, active: Tensor) -> Tensor:
-    """Binary cross entropy of the Q head: halt where the prediction is right, go on where the next segment is worth it.
-
-    Source: arXiv 2506.21734, section 2, "Adaptive computation time", per scored token.
-
-    Args:
-        values: (M, n, 2) q_halt and q_continue of each segment.
-        correct: (M, n) bool, whether the segment's prediction is right.
-        active: (M, n) float, 1 where the token's row ran the segment.
-    """
-    bce = nn.functional.binary_cross_entropy_with_logits
-    halt = bce(values[..., 0], correct.float(), reduction="none")
-    loss = (halt * active).sum() / active.sum().clamp_min(1)
-    if len(values) == 1:
-        return loss
-    with torch.no_grad():  # worth of going on: the better choice in the next segment, where the last can only halt
-        best = torch.cat((values[1:-1].amax(-1), values[-1:, :, 0])).sigmoid()
-    go_on = bce(values[:-1, :, 1], best, reduction="none")
-    return loss + (go_on * active[1:]).sum() / active[1:].sum().clamp_min(1)
+def _head(backbone: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """The backbone's head and soft cap: (..., d) -> (..., vocabulary)."""
+    logits = backbone.get_output_embeddings()(hidden)
+    cap = getattr(backbone.config.get_text_config(), "final_logit_softcapping", None)
+    return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
-def _targets(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """(B, S): the label that each position predicts, -100 at the last one and where either end is padding."""
-    targets = torch.full_like(labels, IGNORED)
-    targets[:, :-1] = labels[:, 1:]
-    if attention_mask is not None:
-        real = attention_mask.bool()
-        targets[:, :-1].masked_fill_(~(real[:, 1:] & real[:, :-1]), IGNORED)
-    return targets
+@torch.no_grad()
+def _check_head(backbone: PreTrainedModel) -> None:
+    """Runs two tokens: a head that does more to its logits than `_head` is an error, not a silently other model."""
+    training = backbone.training
+    backbone.eval()
+    tokens = torch.zeros(1, 2, dtype=torch.long, device=backbone.device)
+    own = backbone(input_ids=tokens, use_cache=False).logits
+    ours = _head(backbone, backbone.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state)
+    backbone.train(training)
+    if not torch.allclose(own.float(), ours.float(), rtol=1e-2, atol=1e-2 * float(own.abs().max())):
+        raise ValueError(
+            f"backbone is a {type(backbone).__name__}, which changes its head's logits; it should be a model whose "
+            "logits are its head's on its decoder's last hidden state, with final_logit_softcapping at most"
+        )
 
 
-def HRMGemma3N(  # noqa: N802 (reads as the model that it makes)
+def HRMGemma3N(
     hrm: HRMConfig | Mapping[str, Any] | None = None,
     lora: bool | Mapping[str, Any] | None = True,
     **text_config: Any,

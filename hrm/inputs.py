@@ -1,0 +1,91 @@
+"""Checks of what a caller hands to the model; every message names the argument, what it is, what it should be."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from hrm.loss import IGNORED
+
+
+def check_inputs(
+    config: PreTrainedConfig,
+    input_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    labels: Tensor | None,
+    *,
+    past: int,
+    per_layer_inputs: Tensor | None,
+) -> None:
+    """Raises a ValueError where the arguments of a forward pass do not fit each other or the backbone.
+
+    Args:
+        config: the backbone's text config.
+        past: tokens that the cache holds already.
+        per_layer_inputs: what Gemma 3n needs beside `inputs_embeds`.
+        input_ids, inputs_embeds, attention_mask, position_ids, labels: as for `HRMGemmaForCausalLM.forward`.
+    """
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("input_ids and inputs_embeds: exactly one of them should be given")
+    if inputs_embeds is not None:
+        _check_embeds(config, inputs_embeds, per_layer_inputs)
+        batch, tokens = inputs_embeds.shape[:2]
+    else:
+        assert input_ids is not None
+        _check_rank("input_ids", input_ids)
+        batch, tokens = input_ids.shape
+        _check_ids("input_ids", input_ids, config.vocab_size)
+    if tokens == 0:
+        raise ValueError(f"input_ids.shape is ({batch}, 0); it should hold at least one token")
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None and past + tokens > longest:
+        raise ValueError(f"the sequence is {past + tokens} tokens long; the backbone allows {longest}")
+    if attention_mask is not None:
+        _check_shape("attention_mask", attention_mask, (batch, past + tokens), "(batch, past + tokens)")
+    if position_ids is not None and position_ids.shape not in ((batch, tokens), (1, tokens)):
+        _check_shape("position_ids", position_ids, (batch, tokens), "(batch, tokens)")
+    if labels is not None:
+        _check_shape("labels", labels, (batch, tokens), "(batch, tokens)")
+        _check_ids("labels", labels[labels != IGNORED] if labels.device.type == "cpu" else labels, config.vocab_size)
+
+
+def _check_embeds(config: PreTrainedConfig, inputs_embeds: Tensor, per_layer_inputs: Tensor | None) -> None:
+    width = config.hidden_size
+    if inputs_embeds.dim() != 3 or inputs_embeds.shape[-1] != width:
+        raise ValueError(f"inputs_embeds.shape is {_size(inputs_embeds)}; it should be (batch, tokens, {width})")
+    if per_layer_inputs is None and getattr(config, "hidden_size_per_layer_input", None):
+        raise ValueError(
+            "inputs_embeds is given without per_layer_inputs, which this backbone computes from token ids; "
+            "pass input_ids, or per_layer_inputs too"
+        )
+
+
+def _check_rank(name: str, tensor: Tensor) -> None:
+    if tensor.dim() != 2:
+        raise ValueError(f"{name}.shape is {_size(tensor)}; it should be (batch, tokens)")
+
+
+def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], meaning: str) -> None:
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name} is a {type(tensor).__name__}; it should be a tensor {meaning}")
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name}.shape is {_size(tensor)}; it should be {shape}, {meaning}")
+
+
+def _check_ids(name: str, ids: Tensor, vocabulary: int) -> None:
+    """Types everywhere, ranges on the CPU only: on a GPU they would cost a synchronisation a call."""
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"{name}.dtype is {ids.dtype}; it should be torch.int64")
+    if ids.device.type != "cpu" or ids.numel() == 0:
+        return
+    low, high = map(int, ids.aminmax())
+    if low < 0 or high >= vocabulary:
+        wrong = low if low < 0 else high
+        raise ValueError(f"{name} holds {wrong}; it should be from 0 to {vocabulary - 1}, the backbone's vocabulary")
+
+
+def _size(tensor: Tensor) -> str:
+    return str(tuple(tensor.shape))
