@@ -1,0 +1,306 @@
+"""Typed settings of the command line: dataclasses, dotted overrides, errors that name the nearest key."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import inspect
+import os
+import re
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, make_dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, get_args, get_type_hints
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from hrm.config import HRMConfig
+from hrm.lora import AdapterConfig
+
+
+class UsageError(ValueError):
+    """What the user typed or handed over cannot be used; the message is all they need to put it right."""
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: HRM_HOME, or ~/.cache/hrm."""
+    return Path(os.environ.get("HRM_HOME") or Path.home() / ".cache" / "hrm").expanduser()
+
+
+def default_backbone() -> str | None:
+    """Name or path of the backbone that HRM_MODEL_PATH sets; None where it is unset."""
+    return os.environ.get("HRM_MODEL_PATH") or None
+
+
+# ---------------------------------------------------------------------------------------------------- the sections
+
+
+def _section_of(name: str, source: type, extra: list[tuple[str, Any, Any]], leave_out: tuple[str, ...] = ()) -> type:
+    """A dataclass of `source`'s fields as they are before its checks and derived values, with `extra` ones in front."""
+    hints = get_type_hints(source)
+    own = [(f.name, hints[f.name], field(default=f.default)) for f in fields(source) if f.name not in leave_out]
+    return make_dataclass(name, [*extra, *own])
+
+
+HRMSection = _section_of(
+    "HRMSection", HRMConfig, [("backbone", str | None, field(default=None))], leave_out=("hidden_size",)
+)
+LoraSection = _section_of("LoraSection", AdapterConfig, [("enabled", bool, field(default=True))])
+
+
+@dataclass
+class DataSection:
+    path: str | None = None
+    """JSONL file, one {"prompt": ..., "answer": ...} a line."""
+    held_out_path: str | None = None
+    """JSONL file to evaluate on; without it rows of `path` are held out."""
+    dataset: str | None = None
+    """Name or folder of a Hugging Face data set (pip install "hrm-kernels[data]")."""
+    subset: str | None = None
+    """Configuration of the data set, such as "main"."""
+    split: str = "train"
+    """Split of the data set."""
+    prompt_column: str = "prompt"
+    """Key of the prompt in a row."""
+    answer_column: str = "answer"
+    """Key of the answer in a row."""
+    task: str | None = None
+    """Name of a reasoning-gym task, whose problems are generated."""
+    task_options: dict[str, Any] = field(default_factory=dict)
+    """Options of the task: data.task_options.max_terms=3."""
+    size: int = 1000
+    """Problems to generate for a task, the held-out ones aside."""
+    held_out: int = 64
+    """Rows kept for evaluation, at most a tenth of a file's or data set's."""
+    template: str = "{prompt} {answer}"
+    """How a row becomes text; the answer and what follows it are learnt."""
+    max_length: int = 512
+    """Most tokens of prompt and answer together."""
+
+
+@dataclass
+class TrainSection:
+    steps: int | None = None
+    """Optimizer steps; null: `epochs` passes over the data."""
+    epochs: float = 1.0
+    """Passes over the data where `steps` is null."""
+    batch_size: int = 8
+    """Rows in a step."""
+    core_lr: float = 1e-3
+    """Peak learning rate of the core."""
+    adapter_lr: float = 5e-4
+    """Peak learning rate of the LoRA adapters."""
+    warmup: float = 0.1
+    """Share of the steps in which the learning rates rise; they then fall along a cosine."""
+    weight_decay: float = 0.0
+    """AdamW's, on the core's matrices only."""
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+    save_every: int = 500
+    """Steps between checkpoints; one is always written at the end."""
+    seed: int = 0
+    """Seed of data, initial weights and order."""
+
+
+@dataclass
+class EvalSection:
+    batch_size: int = 32
+    """Problems decoded together."""
+    max_new_tokens: int = 32
+    """Longest answer."""
+    shots: int = 0
+    """Also evaluate the untrained model with so many solved examples in front of each problem."""
+
+
+@dataclass
+class RunSection:
+    name: str = "train"
+    """First part of the run folder's name."""
+    folder: str = "runs"
+    """Where run folders are made."""
+
+
+@dataclass
+class TrainingSettings:
+    """Keys of `hrm train` and `hrm quickstart`."""
+
+    hrm: HRMSection = field(default_factory=HRMSection)  # type: ignore[valid-type]
+    lora: LoraSection = field(default_factory=LoraSection)  # type: ignore[valid-type]
+    data: DataSection = field(default_factory=DataSection)
+    train: TrainSection = field(default_factory=TrainSection)
+    eval: EvalSection = field(default_factory=EvalSection)
+    run: RunSection = field(default_factory=RunSection)
+
+
+@dataclass
+class DecodingSection:
+    fused: bool | str = "auto"
+    """True: Triton kernels or an error; False: plain PyTorch; "auto": Triton on CUDA, else plain PyTorch."""
+    segments: int | None = None
+    """Run exactly so many segments, without halting; null: as the checkpoint says."""
+
+
+@dataclass
+class GenerateSettings:
+    """Keys of `hrm generate`."""
+
+    run: str | None = None
+    """Run folder or checkpoint."""
+    prompt: str | None = None
+    """What to answer; null: one prompt a line from standard input."""
+    max_new_tokens: int = 64
+    """Longest answer."""
+    temperature: float = 0.0
+    """Above 0: sample at this temperature; 0: the likeliest token."""
+    seed: int = 0
+    """Seed of sampling."""
+    hrm: DecodingSection = field(default_factory=DecodingSection)
+
+
+@dataclass
+class InfoSettings:
+    """`hrm info` has no keys."""
+
+
+# ------------------------------------------------------------------------------------------------ reading overrides
+
+
+class Key(NamedTuple):
+    """One settable key of a verb."""
+
+    name: str  # dotted
+    kind: Any  # its type
+    default: Any
+    doc: str
+
+
+def keys_of(schema: type, prefix: str = "", defaults: Mapping[str, Any] | None = None) -> Iterator[Key]:
+    """Every leaf of `schema`, in order, with `defaults` in place of the dataclass's own."""
+    hints, docs = get_type_hints(schema), _docs_of(schema)
+    for item in fields(schema):
+        given = (defaults or {}).get(item.name, MISSING)
+        kind = item.default_factory if item.default_factory is not MISSING else hints[item.name]
+        if isinstance(kind, type) and is_dataclass(kind):
+            yield from keys_of(kind, f"{prefix}{item.name}.", None if given is MISSING else given)
+        else:
+            own = kind() if item.default_factory is not MISSING else item.default
+            yield Key(prefix + item.name, hints[item.name], own if given is MISSING else given, docs.get(item.name, ""))
+
+
+def load_settings(schema: type, overrides: Sequence[str], defaults: Mapping[str, Any] | None = None) -> Any:
+    """An instance-like typed config of `schema` with `defaults`, then each `key=value` of `overrides`, put in.
+
+    Raises:
+        UsageError: an override is no key=value, its key is unknown (the message names the nearest), or its value is
+            of the wrong type.
+    """
+    config = OmegaConf.merge(OmegaConf.structured(schema), defaults or {})
+    assert isinstance(config, DictConfig)
+    keys = {key.name: key for key in keys_of(schema)}
+    for override in overrides:
+        name, equals, value = override.partition("=")
+        if not equals:
+            raise UsageError(f"{override!r} is no setting; settings read section.key=value")
+        _set(config, _find(keys, name), name, value)
+    return config
+
+
+def _find(keys: Mapping[str, Key], name: str) -> Key:
+    for key in keys.values():
+        if name == key.name or (name.startswith(f"{key.name}.") and isinstance(key.default, dict)):
+            return key
+    raise UsageError(f"unknown key {name!r}{nearest(name, keys)}")
+
+
+def _set(config: DictConfig, key: Key, name: str, text: str) -> None:
+    try:
+        OmegaConf.update(config, name, _read(text, get_args(key.kind) or (key.kind,)), force_add=name != key.name)
+    except (OmegaConfBaseException, ValueError) as error:
+        raise UsageError(f"{name} is {text!r}; it should be {_kind_name(key.kind)}") from error
+
+
+def _read(text: str, kinds: tuple[Any, ...]) -> Any:
+    """YAML's reading of `text`; but where text is wanted, only a null or truth value that is wanted too is read so."""
+    try:
+        value = OmegaConf.select(OmegaConf.from_dotlist([f"value={text}"]), "value")
+    except YAMLError:
+        value = text
+    return text if str in kinds and not (isinstance(value, bool | None) and type(value) in kinds) else value
+
+
+def nearest(name: str, known: Mapping[str, Any] | Sequence[str]) -> str:
+    """ "; the nearest is ..." for an unknown `name`, compared by whole names first and by last parts then."""
+    by_last = {other.rpartition(".")[2]: other for other in known}
+    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    found = found or [by_last[last] for last in difflib.get_close_matches(name.rpartition(".")[2], by_last, 1, 0.0)]
+    return f"; the nearest is {found[0]!r}" if found else "; this verb has no keys"
+
+
+def _kind_name(kind: Any) -> str:
+    """A type in the words of an error message."""
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
+    return " or ".join(words.get(part, getattr(part, "__name__", str(part))) for part in get_args(kind) or (kind,))
+
+
+def _docs_of(schema: type) -> dict[str, str]:
+    """The string under each field of a dataclass, also for sections made of another class's fields."""
+    made_of = {HRMSection: HRMConfig, LoraSection: AdapterConfig}
+    docs = {"backbone": "Name or path of a causal language model; null: HRM_MODEL_PATH.", "enabled": "LoRA adapters."}
+    body = ast.parse(textwrap.dedent(inspect.getsource(made_of.get(schema, schema)))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    for statement, after in zip(body.body, body.body[1:], strict=False):
+        if isinstance(statement, ast.AnnAssign) and isinstance(after, ast.Expr):
+            assert isinstance(statement.target, ast.Name) and isinstance(after.value, ast.Constant)
+            docs[statement.target.id] = re.sub(r"\s+", " ", str(after.value.value))
+    return docs
+
+
+# ------------------------------------------------------------------------------------------------ using them
+
+
+def hrm_config(section: Any) -> HRMConfig:
+    """The core's config that the `hrm` section asks for.
+
+    Raises:
+        UsageError: a value that `HRMConfig` refuses; the message names it.
+    """
+    values = {str(key): value for key, value in section.items() if key != "backbone"}
+    return _checked("hrm", HRMConfig, values)
+
+
+def lora_dict(section: Any) -> dict[str, Any] | bool:
+    """What `HRMGemmaForCausalLM.from_backbone` takes as `lora`."""
+    values = {str(key): value for key, value in section.items() if key != "enabled"}
+    _checked("lora", AdapterConfig, values)
+    return values if section.enabled else False
+
+
+def _checked(section: str, kind: type, values: Mapping[str, Any]) -> Any:
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise UsageError(str(error).replace(f"{kind.__name__}: ", f"{section}.", 1)) from error
+
+
+def check_training(settings: Any) -> None:
+    """Raises a UsageError that names the first key whose value makes no sense."""
+    for name in ("data.size", "data.held_out", "data.max_length", "train.batch_size", "train.save_every",
+                 "eval.batch_size", "eval.max_new_tokens"):  # fmt: skip
+        _require(settings, name, lambda value: value >= 1, "at least 1")
+    _require(settings, "train.steps", lambda value: value is None or value >= 1, "at least 1, or null")
+    for name in ("train.epochs", "train.core_lr", "train.adapter_lr", "train.clip"):
+        _require(settings, name, lambda value: value > 0, "above 0")
+    _require(settings, "train.warmup", lambda value: 0 <= value < 1, "from 0 to below 1")
+    _require(settings, "train.weight_decay", lambda value: value >= 0, "at least 0")
+    _require(settings, "eval.shots", lambda value: value >= 0, "at least 0")
+    hrm_config(settings.hrm)
+    lora_dict(settings.lora)
+
+
+def _require(settings: Any, name: str, test: Any, should: str) -> None:
+    value = OmegaConf.select(settings, name)
+    if not test(value):
+        raise UsageError(f"{name} is {value!r}; it should be {should}")
