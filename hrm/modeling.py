@@ -64,6 +64,8 @@ class HRMGemmaConfig(PreTrainedConfig):
         self.hrm = HRMConfig.from_dict({**settings, "hidden_size": width}).to_dict()
         self.lora = AdapterConfig.resolve(lora)
         kwargs.setdefault("tie_word_embeddings", False)  # the backbone ties its own
+        # transformers hands this down to the backbone, whose own choice a None would undo, its causal mask with it
+        kwargs.setdefault("attn_implementation", backbone._attn_implementation)
         super().__init__(**kwargs)
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
