@@ -1,0 +1,184 @@
+"""The command line: `hrm <verb> [section.key=value ...]`.
+
+Exit status: 0 done; 1 failed while running; 2 used wrongly; 130 stopped by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+from rich.console import Console
+
+from hrm.settings import (
+    GenerateSettings,
+    InfoSettings,
+    TrainingSettings,
+    UsageError,
+    cache_folder,
+    default_backbone,
+    keys_of,
+    load_settings,
+    nearest,
+)
+
+# transformers, PEFT and torch.compile are imported inside the verbs: help and usage errors come at once
+
+QUICKSTART: dict[str, Any] = {
+    "hrm": {"d_l": 640, "d_h": 640, "h_cycles": 2, "l_steps": 4},
+    "data": {
+        "task": "family_relationships",
+        "task_options": {"min_family_size": 4, "max_family_size": 5},
+        "size": 1000,
+        "held_out": 64,
+        "template": "Question: {prompt}\nAnswer: {answer}",
+    },
+    "train": {"steps": 64, "batch_size": 8, "core_lr": 1e-3, "adapter_lr": 1e-3},
+    "eval": {"max_new_tokens": 8, "shots": 2},
+    "run": {"name": "quickstart"},
+}
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One thing that the command line does."""
+
+    run: Callable[[Any], None]
+    summary: str
+    schema: type
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+
+def quickstart(settings: Any) -> None:
+    """Trains on a small task, with the demo model unless another is named."""
+    from hrm.demo import demo_backbone
+    from hrm.train import fine_tune
+
+    console = Console()
+    if settings.hrm.backbone is None and default_backbone() is None:
+        settings.hrm.backbone = str(demo_backbone(console.print))
+    fine_tune(settings, console)
+
+
+def train(settings: Any) -> None:
+    """Trains on the user's data."""
+    from hrm.train import fine_tune
+
+    fine_tune(settings, Console())
+
+
+def generate(settings: Any) -> None:
+    """Answers one prompt, or each line of standard input."""
+    from hrm.generate import answer_all
+
+    answer_all(settings, sys.stdin, sys.stdout, sys.stderr)
+
+
+def info(settings: Any) -> None:
+    """Prints versions, the device, which kernels run, and where things are kept."""
+    import torch
+
+    import hrm_kernels
+
+    for package in ("hrm-kernels", "torch", "triton", "transformers", "peft", "accelerate"):
+        print(f"{package:13} {_version(package)}")
+    print(f"{'device':13} {torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu'}")
+    for choice in hrm_kernels.explain():
+        print(f"{choice.function:13} {choice.backend} ({choice.reason})")
+    print(f"{'cache':13} {cache_folder()} (HRM_HOME)")
+    print(f"{'backbone':13} {default_backbone() or 'none set; the quickstart takes Gemma 3 270M'} (HRM_MODEL_PATH)")
+
+
+VERBS = {
+    "quickstart": Verb(
+        quickstart, "train a core on Gemma 3 270M in minutes and see what it learnt", TrainingSettings, QUICKSTART
+    ),
+    "train": Verb(train, "train on your own prompts and answers", TrainingSettings),
+    "generate": Verb(generate, "answer a prompt with a trained model", GenerateSettings),
+    "info": Verb(info, "versions, device, kernels and folders", InfoSettings),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command line and returns its exit status."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _dispatch(words)
+    except UsageError as error:
+        print(f"hrm: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("hrm: stopped", file=sys.stderr)
+        return 130
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help"):
+        print(_help())
+        return 0 if words else 2
+    name, *overrides = words
+    if name not in VERBS:
+        raise UsageError(f"unknown verb {name!r}{nearest(name, list(VERBS))}; see hrm --help")
+    verb = VERBS[name]
+    if any(word in ("-h", "--help") for word in overrides):
+        print(_verb_help(name, verb))
+        return 0
+    settings = load_settings(verb.schema, overrides, verb.defaults)
+    return _run(verb, settings)
+
+
+def _run(verb: Verb, settings: Any) -> int:
+    _quiet()
+    from hrm.train import Interrupted, TrainingError
+
+    try:
+        verb.run(settings)
+    except TrainingError as error:
+        print(f"hrm: {error}", file=sys.stderr)
+        return 1
+    except Interrupted as error:
+        print(f"hrm: {error}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _quiet() -> None:
+    """Keeps the libraries' own progress bars and hints from tearing ours apart."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import PackageNotFoundError
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _help() -> str:
+    verbs = "\n".join(f"  {name:11} {verb.summary}" for name, verb in VERBS.items())
+    return (
+        f"usage: hrm <verb> [section.key=value ...]\n\n{verbs}\n\n"
+        "hrm <verb> --help lists the verb's keys and their defaults.\n"
+        "HRM_MODEL_PATH names the default backbone, HRM_HOME the cache folder (now "
+        f"{cache_folder()})."
+    )
+
+
+def _verb_help(name: str, verb: Verb) -> str:
+    lines = [f"usage: hrm {name} [key=value ...]", "", verb.summary, ""]
+    for key in keys_of(verb.schema, defaults=verb.defaults):
+        default = "null" if key.default is None else key.default
+        lines.append(f"  {f'{key.name}={default!r}' if default == '' else f'{key.name}={default}'}")
+        if key.doc:
+            lines.append(f"      {key.doc}")
+    return "\n".join(lines)

@@ -1,0 +1,282 @@
+"""Questions and answers: from JSONL, a Hugging Face data set or reasoning-gym, into batches of token ids."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from hrm.modeling import IGNORED
+from hrm.settings import UsageError, nearest
+
+
+class Example(NamedTuple):
+    """One question with its answer."""
+
+    prompt: str
+    answer: str
+    source: str  # where it stands, for messages: "file.jsonl:3"
+    entry: Mapping[str, Any] = {}  # what reasoning-gym's scorer wants to see
+
+
+Score = Callable[[str, Example], float]
+
+
+def exact_match(answer: str, example: Example) -> float:
+    """1 where `answer` is the example's, white space around it aside; else 0."""
+    return float(answer.strip() == example.answer.strip())
+
+
+@dataclass(frozen=True)
+class Problems:
+    """What is trained on and what is only evaluated on; no prompt is in both."""
+
+    train: list[Example]
+    held_out: list[Example]
+    score: Score = exact_match
+
+    @property
+    def one_line(self) -> bool:
+        """Whether no answer goes over a line's end, so that decoding may stop there."""
+        return not any("\n" in example.answer.strip() for example in [*self.train, *self.held_out])
+
+
+# ---------------------------------------------------------------------------------------------------- where from
+
+
+def load_problems(data: Any, seed: int) -> Problems:
+    """The problems that the `data` section asks for.
+
+    Raises:
+        UsageError: none or several of data.path, data.dataset and data.task are given; or what they name is not there
+            or not as it should be (for a file the message has name and line).
+    """
+    given = [name for name in ("path", "dataset", "task") if data[name] is not None]
+    if len(given) != 1:
+        was = " and ".join(f"data.{name}" for name in given) or "none"
+        raise UsageError(f"{was} given; it should be one of data.path, data.dataset and data.task")
+    if data.task is not None:
+        return _from_task(data, seed)
+    if data.dataset is not None:
+        return hold_out(read_dataset(data), data.held_out, seed)
+    rows = read_jsonl(Path(data.path), data.prompt_column, data.answer_column)
+    if data.held_out_path is None:
+        return hold_out(rows, data.held_out, seed)
+    held_out = read_jsonl(Path(data.held_out_path), data.prompt_column, data.answer_column)
+    return Problems(_without(rows, held_out, data.path), held_out)
+
+
+def read_jsonl(path: Path, prompt_column: str = "prompt", answer_column: str = "answer") -> list[Example]:
+    """One example a line; empty lines are passed over.
+
+    Raises:
+        UsageError: no such file, no rows, or a line that is no JSON object with two texts; with file and line number.
+    """
+    if not path.is_file():
+        raise UsageError(f"{path} is no file")
+    examples = []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        if line.strip():
+            source = f"{path}:{number}"
+            examples.append(_example(_parse(line, source), prompt_column, answer_column, source))
+    if not examples:
+        raise UsageError(f"{path} has no rows")
+    return examples
+
+
+def read_dataset(data: Any) -> list[Example]:
+    """The rows of a Hugging Face data set; errors as in `read_jsonl`, with the number of the row."""
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise UsageError('data.dataset needs the package datasets; pip install "hrm-kernels[data]"') from error
+    try:
+        rows = load_dataset(data.dataset, data.subset, split=data.split)
+    except (ValueError, OSError) as error:
+        raise UsageError(f"data.dataset {data.dataset!r}: {first_line(error)}") from error
+    columns = data.prompt_column, data.answer_column
+    return [_example(row, *columns, f"{data.dataset}[{data.split}]:{number}") for number, row in enumerate(rows)]
+
+
+def hold_out(examples: Sequence[Example], count: int, seed: int) -> Problems:
+    """Sets `count` distinct prompts aside, drawn by `seed`, at most a tenth of the rows and at least one."""
+    distinct = list({example.prompt: example for example in examples}.values())
+    random.Random(seed).shuffle(distinct)
+    held_out = distinct[: max(1, min(count, len(distinct) // 10))]
+    return Problems(_without(examples, held_out, examples[0].source.rpartition(":")[0]), held_out)
+
+
+def _from_task(data: Any, seed: int) -> Problems:
+    try:
+        import reasoning_gym
+        from reasoning_gym.factory import DATASETS
+    except ImportError as error:
+        raise UsageError('data.task needs the package reasoning-gym; pip install "hrm-kernels[demo]"') from error
+    if data.task not in DATASETS:
+        raise UsageError(f"data.task is {data.task!r}, no task of reasoning-gym{nearest(data.task, list(DATASETS))}")
+    total = data.size + data.held_out
+    try:
+        gym = reasoning_gym.create_dataset(data.task, seed=seed, size=2 * total, **dict(data.task_options))
+    except (TypeError, AssertionError, ValueError) as error:
+        raise UsageError(f"data.task_options of {data.task}: {first_line(error)}") from error
+    distinct = list(islice(_distinct(_entries(gym, data.task)), total))
+    if len(distinct) <= data.held_out:
+        raise UsageError(
+            f"{data.task} gave {len(distinct)} different problems; it should give more than data.held_out = "
+            f"{data.held_out}. Widen data.task_options or hold out fewer."
+        )
+    return Problems(
+        distinct[data.held_out :],
+        distinct[: data.held_out],
+        lambda answer, example: gym.score_answer(answer, dict(example.entry)),
+    )
+
+
+def _entries(gym: Any, task: str) -> Iterator[Example]:
+    for number in range(len(gym)):
+        entry = gym[number]
+        if entry["answer"] is not None:
+            yield Example(entry["question"].strip(), str(entry["answer"]), f"{task}:{number}", entry)
+
+
+def _distinct(examples: Iterable[Example]) -> Iterator[Example]:
+    seen: set[str] = set()
+    for example in examples:
+        if example.prompt not in seen:
+            seen.add(example.prompt)
+            yield example
+
+
+def _without(examples: Sequence[Example], held_out: Sequence[Example], source: str) -> list[Example]:
+    prompts = {example.prompt for example in held_out}
+    left = [example for example in examples if example.prompt not in prompts]
+    if not left:
+        raise UsageError(f"{source} has no prompt to train on that is not held out; it should have at least one")
+    return left
+
+
+def _parse(line: bytes, source: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{source}: no valid JSON ({error.msg} at column {error.colno})") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{source}: no valid UTF-8 ({error.reason} at byte {error.start})") from error
+
+
+def _example(row: Any, prompt_column: str, answer_column: str, source: str) -> Example:
+    if not isinstance(row, Mapping):
+        raise UsageError(f"{source}: is {type(row).__name__}; it should be an object with {prompt_column!r}")
+    for column in (prompt_column, answer_column):
+        if column not in row:
+            raise UsageError(f"{source}: no {column!r}; it has {', '.join(map(repr, row)) or 'no keys'}")
+        if not isinstance(row[column], str):
+            raise UsageError(f"{source}: {column!r} is {type(row[column]).__name__}; it should be text")
+    if not row[answer_column].strip():
+        raise UsageError(f"{source}: {answer_column!r} is empty; it should be text")
+    return Example(row[prompt_column], row[answer_column], source)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its kind where it has none."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+# ---------------------------------------------------------------------------------------------------- into tokens
+
+
+class Template:
+    """How a prompt and an answer become one text: "Question: {prompt}\\nAnswer: {answer}".
+
+    White space in front of {answer} goes with the answer: tokenizers such as Gemma's keep a space with the word that
+    follows it.
+    """
+
+    def __init__(self, text: str) -> None:
+        head, prompt, rest = text.partition("{prompt}")
+        middle, answer, tail = rest.partition("{answer}")
+        if not prompt or not answer or "{prompt}" in rest or "{answer}" in head + tail:
+            raise UsageError(f"data.template is {text!r}; it should hold {{prompt}} once and {{answer}} once after it")
+        stem = middle.rstrip(" ")
+        self._head, self._middle, self._space, self._tail = head, stem, middle[len(stem) :], tail
+
+    def question(self, prompt: str) -> str:
+        """The text that the model is to go on from."""
+        return self._head + prompt + self._middle
+
+    def answer(self, answer: str) -> str:
+        """The text that is learnt."""
+        return self._space + answer + self._tail
+
+    def shots(self, examples: Sequence[Example]) -> str:
+        """Solved examples to stand in front of a question."""
+        return "".join(f"{self.question(e.prompt)}{self.answer(e.answer)}\n\n" for e in examples)
+
+
+class Encoded(NamedTuple):
+    """Token ids of one example."""
+
+    prompt: list[int]
+    answer: list[int]  # ends with the end-of-text token
+
+
+def encode(
+    examples: Sequence[Example], template: Template, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[Encoded]:
+    """Token ids of each example.
+
+    Raises:
+        UsageError: an example of more than `max_length` tokens; the message says which.
+    """
+    if tokenizer.eos_token_id is None:
+        raise UsageError("the backbone's tokenizer has no end-of-text token; it should have one to end answers with")
+    prompts = tokenizer([template.question(e.prompt) for e in examples])["input_ids"]
+    answers = tokenizer([template.answer(e.answer) for e in examples], add_special_tokens=False)["input_ids"]
+    encoded = [Encoded(p, [*a, tokenizer.eos_token_id]) for p, a in zip(prompts, answers, strict=True)]
+    for example, (prompt, answer) in zip(examples, encoded, strict=True):
+        if len(prompt) + len(answer) > max_length:
+            raise UsageError(
+                f"{example.source}: prompt and answer have {len(prompt)} + {len(answer)} tokens; "
+                f"they should have at most data.max_length = {max_length}"
+            )
+    return encoded
+
+
+class Batch(NamedTuple):
+    """One training step's rows, padded on the right."""
+
+    input_ids: Tensor  # (B, S) int64
+    attention_mask: Tensor  # (B, S) int64, 1 for real tokens
+    labels: Tensor  # (B, S) int64, -100 everywhere but at the answer
+
+
+def collate(rows: Sequence[Encoded], pad: int) -> Batch:
+    """Rows of different lengths as one batch; only answers are scored."""
+    width = max(len(row.prompt) + len(row.answer) for row in rows)
+    batch = Batch(*(torch.full((len(rows), width), fill) for fill in (pad, 0, IGNORED)))
+    for index, (prompt, answer) in enumerate(rows):
+        start, end = len(prompt), len(prompt) + len(answer)
+        batch.input_ids[index, :end] = torch.tensor(prompt + answer)
+        batch.attention_mask[index, :end] = 1
+        batch.labels[index, start:end] = torch.tensor(answer)
+    return batch
+
+
+def batches(rows: Sequence[Encoded], batch_size: int, pad: int, seed: int) -> Iterator[Batch]:
+    """Batches without end, each pass over `rows` in a new order drawn from `seed`; batches cross from pass to pass."""
+    order = _shuffled_forever(len(rows), random.Random(seed))
+    while True:
+        yield collate([rows[index] for index in islice(order, batch_size)], pad)
+
+
+def _shuffled_forever(count: int, generator: random.Random) -> Iterator[int]:
+    while True:
+        yield from generator.sample(range(count), count)

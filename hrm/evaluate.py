@@ -1,0 +1,131 @@
+"""Greedy answers to held-out problems, and how many of them are right."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+
+from hrm.data import Example, Problems, Template
+from hrm.modeling import HRMGemmaForCausalLM
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Answers to some problems, in their order."""
+
+    examples: Sequence[Example]
+    answers: list[str]
+    scores: list[float]
+
+    @property
+    def right(self) -> int:
+        """Problems with full score."""
+        return sum(score == 1 for score in self.scores)
+
+    @property
+    def accuracy(self) -> float:
+        """Share of problems with full score."""
+        return self.right / len(self.scores)
+
+    def write(self, path: Path) -> None:
+        """One JSON object a problem: prompt, expected, answer, score."""
+        with path.open("w", encoding="utf-8") as file:
+            for example, answer, score in zip(self.examples, self.answers, self.scores, strict=True):
+                row = {"prompt": example.prompt, "expected": example.answer, "answer": answer, "score": score}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+class Depth:
+    """Counts, while it is entered, how many segments the core ran for each token that it saw."""
+
+    def __init__(self, model: HRMGemmaForCausalLM) -> None:
+        self._model = model
+        self._segments, self._tokens = 0, 0
+
+    def __enter__(self) -> Depth:
+        self._hook = self._model.hrm.register_forward_hook(self._count)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._hook.remove()
+
+    def _count(self, core: object, inputs: object, output: Any) -> None:
+        self._segments += int(output.segments_used.sum())
+        self._tokens += int((output.segments_used > 0).sum())
+
+    @property
+    def mean(self) -> float:
+        """Segments a token."""
+        return self._segments / max(1, self._tokens)
+
+
+def evaluate(
+    model: HRMGemmaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Problems,
+    template: Template,
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    shots: int = 0,
+) -> Evaluation:
+    """Answers the held-out problems greedily, after `shots` solved training examples, and scores the answers."""
+    examples, front = problems.held_out, template.shots(problems.train[:shots])
+    answers: list[str] = []
+    for start in range(0, len(examples), batch_size):
+        texts = [front + template.question(e.prompt) for e in examples[start : start + batch_size]]
+        answers += answer(model, tokenizer, texts, max_new_tokens=max_new_tokens, one_line=problems.one_line)
+    return Evaluation(examples, answers, [problems.score(a, e) for a, e in zip(answers, examples, strict=True)])
+
+
+@torch.inference_mode()
+def answer(
+    model: HRMGemmaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    one_line: bool = False,
+    **generation: Any,
+) -> list[str]:
+    """What the model writes after each of `texts`, without white space around it; padded on the left, in one batch.
+
+    Args:
+        max_new_tokens: longest answer.
+        one_line: stop at the end of the first line that is not empty.
+        generation: passed to `generate`; the default is greedy.
+    """
+    inputs = tokenizer(list(texts), return_tensors="pt", padding=True, padding_side="left").to(model.device)
+    width = inputs["input_ids"].shape[1]
+    was_training = model.training
+    model.eval()
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
+        ids = model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+            stopping_criteria=StoppingCriteriaList([_LineEnd(tokenizer, width)] if one_line else []),
+            **{"do_sample": False, **generation},
+        )
+    model.train(was_training)
+    answers = [text.strip() for text in tokenizer.batch_decode(ids[:, width:], skip_special_tokens=True)]
+    return [text.partition("\n")[0].rstrip() for text in answers] if one_line else answers
+
+
+class _LineEnd(StoppingCriteria):
+    """Stops each row by itself once it has written a line that is not empty."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_width: int) -> None:
+        self._tokenizer, self._prompt_width = tokenizer, prompt_width
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        written = self._tokenizer.batch_decode(input_ids[:, self._prompt_width :], skip_special_tokens=True)
+        return torch.tensor(["\n" in text.lstrip() for text in written], device=input_ids.device)
