@@ -84,9 +84,9 @@ class SlotCache:
         """Repeats every batch row `times` times, neighbours together."""
         self._segments = [buffer.repeat_interleave(times, dim=2) for buffer in self._segments]
 
-    def crop(self, tokens: int) -> None:
-        """Forgets the last `tokens` tokens."""
-        self.length = max(0, self.length - tokens)
+    def crop(self, length: int) -> None:
+        """Forgets all tokens but the first `length`."""
+        self.length = min(self.length, length)
 
     def clear(self) -> None:
         """Forgets everything."""

@@ -111,7 +111,7 @@ class HRMCache(DynamicCache):
 
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)
-        self.slots.crop(tokens_to_remove)
+        self.slots.crop(self.get_seq_length())
 
     def reset(self) -> None:
         super().reset()

@@ -1,0 +1,343 @@
+"""The schedule, its gradients, the states that are handed on, and halting."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hrm import HRMCarry, HRMConfig, HRMCore
+from hrm_kernels import BackendError
+
+SIZES = {
+    "hidden_size": 24,
+    "d_l": 32,
+    "d_h": 64,
+    "head_size": 16,
+    "h_cycles": 3,
+    "l_steps": 4,
+    "attn_heads": 2,
+    "attn_kv_heads": 1,
+}
+BATCH, TOKENS = 2, 5
+
+
+def make_core(**settings):
+    core = HRMCore(HRMConfig(**{**SIZES, **settings}))
+    with torch.no_grad():
+        core.w_out.normal_(std=0.1)
+        core.w_q.normal_(std=0.3)
+        core.b_q.zero_()
+    return core
+
+
+@pytest.fixture
+def h():
+    return torch.randn(BATCH, TOKENS, SIZES["hidden_size"], generator=torch.Generator().manual_seed(1))
+
+
+# ---------------------------------------------------------------------------------------------------- the equations
+
+
+def norm(values, size):
+    heads = values.unflatten(-1, (-1, size))
+    return (heads / (heads.square().mean(-1, keepdim=True) + 1e-6).sqrt()).flatten(-2)
+
+
+def blocks(values, weight):
+    """Row vectors times a block-diagonal matrix, written as the full matrix that it is."""
+    return values @ torch.block_diag(*weight)
+
+
+def plain_attention(core, z):
+    heads, kv_heads, size = core.config.attn_heads, core.config.attn_kv_heads, core.attn_head_dim
+    q, k, v = (z @ core.w_qkv).split([heads * size, kv_heads * size, kv_heads * size], dim=-1)
+    angles = torch.arange(z.shape[1])[:, None] * core.config.rope_theta ** (-torch.arange(0, size, 2) / size)
+    turns = torch.polar(torch.ones_like(angles), angles)
+
+    def rotated(part):  # RoPE as complex multiplication, pairs (i, i + size / 2)
+        turned = torch.complex(*part.chunk(2, dim=-1)) * turns
+        return torch.cat((turned.real, turned.imag), dim=-1)
+
+    later = torch.ones(z.shape[1], z.shape[1], dtype=torch.bool).triu(1)
+    mixed = []
+    for head in range(heads):
+        group = head // (heads // kv_heads)
+        query = rotated(q[..., head * size : (head + 1) * size])
+        key = rotated(k[..., group * size : (group + 1) * size])
+        scores = (query @ key.mT / size**0.5).masked_fill(later, float("-inf"))
+        mixed.append(scores.softmax(-1) @ v[..., group * size : (group + 1) * size])
+    return torch.cat(mixed, dim=-1) @ core.w_o
+
+
+def plain_segment(core, h, z_l, z_h):
+    """One segment written from the equations, with the gradient cut where the schedule says."""
+    c = core.config
+    x = h / (h.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    for cycle in range(c.h_cycles):
+        carries_gradient = cycle >= c.h_cycles - c.grad_cycles
+        if c.l_reset == "init":
+            z_l = core.z_l_init.expand_as(z_l)
+        context = x @ core.w_x + z_h @ core.w_c + core.b_c
+        for step in range(c.l_steps):
+            if not carries_gradient or step == c.l_steps - c.grad_l_steps:
+                z_l = z_l if carries_gradient and c.grad_l_steps == c.l_steps else z_l.detach()
+            g, u = (context + torch.cat((blocks(z_l, core.r_gate), blocks(z_l, core.r_up)), -1)).chunk(2, -1)
+            z_l = norm(z_l + blocks(F.silu(g) * u, core.r_down), c.head_size)
+        a = z_h + plain_attention(core, z_h) if c.h_mixer == "attention" else z_h
+        inputs = z_l @ core.w_l + core.b_h + torch.cat([blocks(a, w) for w in core.r_h], -1)
+        p, q, r = inputs.chunk(3, -1)
+        z_h = norm((1 - torch.sigmoid(r)) * a + torch.sigmoid(r) * F.silu(p) * q, c.head_size)
+        if not carries_gradient:
+            z_l, z_h = z_l.detach(), z_h.detach()
+    return z_l, z_h
+
+
+@pytest.mark.parametrize("mixer", ["attention", "none"])
+@pytest.mark.parametrize("reset", ["carry", "init"])
+@pytest.mark.parametrize(("grad_cycles", "grad_l_steps"), [(1, 1), (1, 4), (2, 3), (3, 4), (3, 1)])
+def test_segment_and_its_gradients_follow_the_equations(h, mixer, reset, grad_cycles, grad_l_steps):
+    core = make_core(h_mixer=mixer, l_reset=reset, grad_cycles=grad_cycles, grad_l_steps=grad_l_steps)
+    weights = [core.w_x, core.w_c, core.b_c, core.r_gate, core.r_up, core.r_down, core.w_l, core.b_h, core.r_h]
+    weights += [core.w_qkv, core.w_o] if mixer == "attention" else []
+    h.requires_grad_(True)
+    start = core.initial_carry((BATCH, TOKENS))
+    _, expected = plain_segment(core, h, start.z_l, start.z_h)
+    out = core(h).z_h
+    torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-3)  # 15 steps amplify rounding
+    cotangent = torch.randn_like(out)
+    wanted = torch.autograd.grad(expected, [h, *weights], cotangent)
+    got = torch.autograd.grad(out, [h, *weights], cotangent)
+    for should, was in zip(wanted, got, strict=True):
+        torch.testing.assert_close(was, should, rtol=1e-2, atol=1e-2 * float(should.abs().max()))
+
+
+def test_read_out_adds_to_the_hidden_state(h):
+    core = make_core()
+    z_h = torch.randn(BATCH, TOKENS, SIZES["d_h"])
+    torch.testing.assert_close(core.read_out(h, z_h), h + z_h @ core.w_out)
+    assert core.read_out(h.bfloat16(), z_h).dtype == torch.bfloat16
+
+
+def saved_bytes(core, h):
+    """Bytes that autograd keeps for the backward pass, parameters aside."""
+    kept = {}
+    parameters = {p.untyped_storage().data_ptr() for p in core.parameters()}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # the tensor keeps its address from being reused
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        core(h)
+    return sum(size for size, _ in kept.values())
+
+
+def test_saved_activations_do_not_grow_with_cycles_or_steps(h):
+    few = saved_bytes(make_core(h_cycles=2, l_steps=2), h)
+    assert saved_bytes(make_core(h_cycles=8, l_steps=2), h) == few
+    assert saved_bytes(make_core(h_cycles=2, l_steps=16), h) == few
+    assert saved_bytes(make_core(h_cycles=2, l_steps=2, grad_cycles=2), h) > few
+
+
+# ---------------------------------------------------------------------------------------------------- set-up
+
+
+def test_initial_states_are_drawn_once_and_head_normed():
+    core = make_core()
+    for init in (core.z_l_init, core.z_h_init):
+        heads = init.unflatten(-1, (-1, 16))
+        torch.testing.assert_close(heads.square().mean(-1), torch.ones(heads.shape[0]), rtol=1e-4, atol=1e-4)
+    assert {"z_l_init", "z_h_init"} <= core.state_dict().keys()
+
+
+def test_a_fresh_core_reads_out_nothing_and_does_not_want_to_halt(h):
+    core = HRMCore(HRMConfig(**SIZES))
+    out = core(h)
+    assert torch.equal(core.read_out(h, out.z_h), h)
+    assert torch.equal(out.segments[0].q, torch.full((BATCH, TOKENS, 2), -5.0))
+
+
+def test_fused_can_be_switched_and_changes_no_number_on_the_reference(h):
+    core = make_core()
+    state = {name: tensor.clone() for name, tensor in core.state_dict().items()}
+    auto = core(h).z_h
+    core.fused = False
+    assert core.config.fused is False
+    torch.testing.assert_close(core(h).z_h, auto)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in core.state_dict().items())
+    with pytest.raises(ValueError, match="fused is 'fast'; it should be True, False or 'auto'"):
+        core.fused = "fast"
+
+
+def test_fused_true_is_an_error_where_it_cannot_run(h):
+    core = make_core(head_size=128, d_l=128, d_h=128, fused=True)
+    with pytest.raises(BackendError, match="head size 128"):
+        core(h)
+
+
+def test_fused_kernels_give_the_same_segment_and_gradients(h, device):
+    """On the CPU the kernels run in Triton's interpreter."""
+    core = make_core(h_cycles=2, l_steps=2, grad_cycles=2, grad_l_steps=2).to(device)
+    cotangent = torch.randn(BATCH, TOKENS, SIZES["d_h"], device=device)
+    results = []
+    for core.fused in (False, True):
+        out = core(h.to(device)).z_h
+        results.append([out, *torch.autograd.grad(out, [core.w_x, core.r_up, core.r_h], cotangent)])
+    for eager, fused in zip(*results, strict=True):
+        torch.testing.assert_close(fused, eager, rtol=1e-3, atol=1e-3 * float(eager.detach().abs().max()))
+
+
+def test_explain_names_every_kernel():
+    core = make_core()
+    assert all(name in core.explain() for name in ("l_recurrence", "h_update", "carry_update"))
+    core.fused = False
+    assert "reference (asked for: fused=False)" in core.explain()
+
+
+def test_the_config_given_is_not_shared():
+    config = HRMConfig(**SIZES)
+    HRMCore(config).fused = False
+    assert config.fused == "auto"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_runs_the_recurrence_in_its_dtype_and_reaches_every_weight(h, dtype):
+    core = make_core(grad_cycles=2)
+    exact = core(h).z_h
+    with torch.autocast("cpu", dtype=dtype):
+        out = core(h)
+    assert out.z_h.dtype == out.carry.z_h.dtype == dtype
+    assert (out.z_h - exact).square().mean().sqrt() < 0.05  # states have a root mean square of 1
+    out.z_h.float().square().sum().backward()
+    idle = {name for name, p in core.named_parameters() if p.requires_grad and p.grad is None}
+    assert idle == {"w_out"}  # the read-out was not run
+
+
+# ---------------------------------------------------------------------------------------------------- segments
+
+
+def test_segments_in_one_call_are_segments_with_a_carry(h):
+    core = make_core(max_segments=3).eval()
+    together = core(h, segments=3)
+    carry = None
+    for index in range(3):
+        step = core(h, segments=1, carry=carry)
+        carry = step.carry
+        assert torch.equal(step.z_h, together.segments[index].z_h)
+        torch.testing.assert_close(step.residuals[0], together.residuals[index])
+    assert torch.equal(carry.z_l, together.carry.z_l)
+    assert carry.steps.tolist() == together.carry.steps.tolist() == [3, 3]
+    assert not together.carry.halted.any()
+    assert not carry.z_h.requires_grad
+
+
+def test_residuals_are_the_relative_change_of_real_tokens(h):
+    core = make_core()
+    mask = torch.ones(BATCH, TOKENS, dtype=torch.long)
+    mask[1, 3:] = 0
+    start = core.initial_carry((BATCH, TOKENS))
+    with torch.no_grad():
+        out = core(h, attention_mask=mask)
+    for column, (before, after) in enumerate(((start.z_l, out.carry.z_l), (start.z_h, out.carry.z_h))):
+        change = (after - before).norm(dim=-1) / before.norm(dim=-1)
+        torch.testing.assert_close(out.residuals[0, column], change[mask.bool()].mean())
+
+
+def test_training_halts_by_row_and_starts_halted_rows_afresh(h):
+    core = make_core(act=True, max_segments=4).train()
+    counted = torch.ones(BATCH, TOKENS, dtype=torch.bool)
+    out = core(h, segments=1, counted=counted)
+    margin = (out.segments[0].q[..., 0] - out.segments[0].q[..., 1]).mean(1)
+    assert out.carry.halted.tolist() == (margin > 0).tolist()
+    with torch.no_grad():
+        core.b_q += torch.tensor([-margin.mean().item(), 0.0])  # between the two rows: one halts, one goes on
+    out = core(h, segments=1, counted=counted)
+    assert sorted(out.carry.halted.tolist()) == [False, True]
+    row = int(out.carry.halted.long().argmax())
+    assert torch.equal(out.carry.z_h[row], core.z_h_init.expand(TOKENS, -1))
+    assert torch.equal(out.carry.z_l[row], core.z_l_init.expand(TOKENS, -1))
+    assert out.carry.steps.tolist() == [int(i != row) for i in range(BATCH)]
+    full = core(h, counted=counted)
+    assert full.segments_used[row].tolist() == [1] * TOKENS
+    assert full.segments_used[1 - row, 0] > 1
+    assert torch.equal(full.z_h[row], full.segments[0].z_h[row])  # the read-out keeps its last segment's state
+    assert not full.segments[1].active[row].any()
+
+
+def test_training_stops_at_max_segments_counting_those_in_the_carry(h):
+    core = make_core(act=True, max_segments=3).train()
+    with torch.no_grad():
+        core.b_q.copy_(torch.tensor([-100.0, 100.0]))  # never wants to halt
+    first = core(h, segments=2)
+    assert first.carry.steps.tolist() == [2, 2]
+    assert not first.carry.halted.any()
+    second = core(h, carry=first.carry)
+    assert len(second.segments) == 1
+    assert second.carry.halted.all()
+    assert second.carry.steps.tolist() == [0, 0]
+
+
+def test_padding_decides_nothing(h):
+    core = make_core(act=True, max_segments=4).train()
+    mask = torch.ones(BATCH, TOKENS, dtype=torch.long)
+    mask[0, 2:] = 0
+    mask[1] = 0  # a row of padding alone
+    changed = h.clone()
+    changed[~mask.bool()] = 100.0
+    out, other = core(h, attention_mask=mask), core(changed, attention_mask=mask)
+    assert torch.equal(out.segments_used, other.segments_used)
+    assert not out.segments_used[1].any()
+    torch.testing.assert_close(out.z_h[0, :2], other.z_h[0, :2])
+    torch.testing.assert_close(out.residuals, other.residuals)
+    assert torch.isfinite(out.z_h).all()
+
+
+def test_evaluation_halts_by_token_and_freezes_what_halted(h):
+    core = make_core(act=True, max_segments=4).eval()
+    out = core(h)
+    for segment, following in zip(out.segments, out.segments[1:], strict=False):
+        goes_on = segment.active & (segment.q[..., 0] <= segment.q[..., 1])
+        assert torch.equal(following.active, goes_on)
+    assert 1 < out.segments_used.unique().numel()
+    for depth in out.segments_used.unique().tolist():
+        chosen = out.segments_used == depth
+        assert torch.equal(out.z_h[chosen], out.segments[depth - 1].z_h[chosen])
+
+
+def test_evaluation_with_a_number_runs_exactly_that_many(h):
+    core = make_core(act=True, max_segments=4).eval()
+    out = core(h, segments=3)
+    assert len(out.segments) == 3
+    assert out.segments_used.eq(3).all()
+
+
+# ---------------------------------------------------------------------------------------------------- bad carries
+
+
+@pytest.mark.parametrize(
+    ("field", "change", "message"),
+    [
+        ("z_l", lambda t: t[:, :-1], r"carry.z_l.shape is \(2, 4, 32\); it should be \(2, 5, 32\)"),
+        ("z_h", lambda t: t.double(), "carry.z_h.dtype is torch.float64; it should be torch.float32"),
+        ("z_h", lambda t: t.to("meta"), "carry.z_h.device is meta; it should be cpu"),
+        ("z_l", lambda t: t.clone().index_fill_(1, torch.tensor([2]), float("nan")), "carry.z_l holds NaN"),
+        ("steps", lambda t: t.long(), "carry.steps.dtype is torch.int64"),
+        ("halted", lambda t: t[:1], "carry.halted.shape"),
+    ],
+)
+def test_a_carry_that_does_not_fit_is_named(h, field, change, message):
+    core = make_core()
+    carry = core.initial_carry((BATCH, TOKENS))
+    with pytest.raises(ValueError, match=message):
+        core(h, carry=carry._replace(**{field: change(getattr(carry, field))}))
+
+
+@pytest.mark.parametrize("segments", [0, -1, 1.5])
+def test_a_wrong_number_of_segments_is_named(h, segments):
+    with pytest.raises(ValueError, match=f"segments is {segments}; it should be a whole number"):
+        make_core()(h, segments=segments)
+
+
+def test_carry_is_a_plain_tuple_of_tensors():
+    assert HRMCarry._fields == ("z_l", "z_h", "steps", "halted")
