@@ -173,8 +173,8 @@ def mix(z: Tensor, w_qkv: Tensor, w_o: Tensor, mixing: Mixing, cycle: int) -> Te
     z (B * S, d_h), w_qkv (d_h, (heads + 2 kv_heads) * head_dim), w_o (d_h, d_h) -> (B * S, d_h).
     """
     batch, _, tokens, half = mixing.cos.shape
-    qkv = (z @ w_qkv).view(batch, tokens, -1, 2 * half).transpose(1, 2)
-    kv_heads = (qkv.shape[1] - mixing.heads) // 2
+    kv_heads = (w_qkv.shape[1] // (2 * half) - mixing.heads) // 2
+    qkv = (z @ w_qkv).view(batch, tokens, mixing.heads + 2 * kv_heads, 2 * half).transpose(1, 2)
     queries, keys, values = qkv.split([mixing.heads, kv_heads, kv_heads], dim=1)
     keys, values = mixing.offer(cycle, rotate(keys, mixing.cos, mixing.sin), values)
     if mixing.mask is not None:  # SDPA's memory-saving CUDA kernel takes a mask or grouped heads, not both

@@ -38,8 +38,8 @@ def check_inputs(
         _check_rank("input_ids", input_ids)
         batch, tokens = input_ids.shape
         _check_ids("input_ids", input_ids, config.vocab_size)
-    if tokens == 0:
-        raise ValueError(f"input_ids.shape is ({batch}, 0); it should hold at least one token")
+    if batch == 0 or tokens == 0:
+        raise ValueError(f"the batch is {batch} rows of {tokens} tokens; it should be at least one of each")
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and past + tokens > longest:
         raise ValueError(f"the sequence is {past + tokens} tokens long; the backbone allows {longest}")

@@ -183,21 +183,18 @@ class HRMGemmaForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """Loads what `save_pretrained` wrote; unlike transformers' default, a tensor missing or too many is an error.
+        """Loads what `save_pretrained` wrote; unlike transformers' default, every tensor has to be there and fit.
 
         Raises:
-            RuntimeError: the checkpoint lacks tensors of the model, or holds others; the message lists them.
+            RuntimeError: the checkpoint lacks tensors of the model, holds others or of other sizes; the message lists
+                them.
         """
+        settings = {**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}  # told below, with names
         model: Any
         info: dict[str, Any]
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
-        problems = [
-            f"{kind}: {', '.join(sorted(map(str, info[key])))}"
-            for kind, key in (("missing", "missing_keys"), ("not in the model", "unexpected_keys"))
-            if info[key]
-        ]
-        if problems:
-            raise RuntimeError(f"{cls.__name__}: the checkpoint does not fit the model; {'; '.join(problems)}")
+        model, info = super().from_pretrained(*args, **settings)  # type: ignore[misc]
+        if problems := _loading_problems(info):
+            raise RuntimeError(f"{cls.__name__}: the checkpoint does not fit the model; {problems}")
         model._freeze_backbone()  # loading replaces parameters by trainable ones
         return (model, info) if output_loading_info else model
 
@@ -382,6 +379,13 @@ class HRMGemmaForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(f"cache_implementation is {kind!r}; it should be None or 'dynamic'")
         if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = HRMCache(self.config)
+
+
+def _loading_problems(info: dict[str, Any]) -> str:
+    """What transformers' loading report counts as wrong, by kind and name; empty where nothing is."""
+    sizes = [f"{name} {tuple(was)} instead of {tuple(should)}" for name, was, should in info["mismatched_keys"]]
+    kinds = {"missing": info["missing_keys"], "not in the model": info["unexpected_keys"], "of another size": sizes}
+    return "; ".join(f"{kind}: {', '.join(sorted(names))}" for kind, names in kinds.items() if names)
 
 
 def _head(backbone: PreTrainedModel, hidden: Tensor) -> Tensor:

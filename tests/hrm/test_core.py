@@ -299,7 +299,7 @@ def test_evaluation_halts_by_token_and_freezes_what_halted(h):
     for segment, following in zip(out.segments, out.segments[1:], strict=False):
         goes_on = segment.active & (segment.q[..., 0] <= segment.q[..., 1])
         assert torch.equal(following.active, goes_on)
-    assert 1 < out.segments_used.unique().numel()
+    assert out.segments_used.unique().numel() > 1
     for depth in out.segments_used.unique().tolist():
         chosen = out.segments_used == depth
         assert torch.equal(out.z_h[chosen], out.segments[depth - 1].z_h[chosen])
@@ -310,6 +310,13 @@ def test_evaluation_with_a_number_runs_exactly_that_many(h):
     out = core(h, segments=3)
     assert len(out.segments) == 3
     assert out.segments_used.eq(3).all()
+
+
+def test_an_empty_batch_is_no_error(h):
+    for core in (make_core(), make_core(act=True, max_segments=2)):
+        out = core(h[:0])
+        assert out.z_h.shape == (0, TOKENS, SIZES["d_h"])
+        assert not out.residuals.any()
 
 
 # ---------------------------------------------------------------------------------------------------- bad carries

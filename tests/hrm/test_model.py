@@ -63,7 +63,7 @@ def test_width_of_the_core_is_the_backbones():
     assert model.hrm.config.hidden_size == 48
 
 
-# ---------------------------------------------------------------------------------------------------- causality, padding
+# ---------------------------------------------------------------------------------------------------- visibility
 
 
 @pytest.mark.parametrize("mode", MODES, ids=["fixed", "act"])
@@ -121,7 +121,7 @@ def test_a_row_does_not_depend_on_its_neighbours(make_model, ids):
     assert torch.equal(together.token_segments, torch.cat([out.token_segments for out in alone]))
 
 
-# ---------------------------------------------------------------------------------------------------- loss and training
+# ---------------------------------------------------------------------------------------------------- training
 
 
 def test_loss_is_the_mean_of_the_segments_cross_entropies(make_model, kind, ids):
