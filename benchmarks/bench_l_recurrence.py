@@ -46,7 +46,7 @@ def make_case(tokens: int, grad_steps: int | None) -> Case:
 
 
 def _flops(tokens: int, grad_steps: int | None) -> float:
-    """Three D x D products a step; a step's backward recomputes them and takes six more, less two where z needs none."""
+    """Three D x D products a step; its backward recomputes them and takes six more, less two where z needs none."""
     product = 2 * tokens * WIDTH * HEAD_SIZE
     backward = 0 if grad_steps is None else 9 * grad_steps - (2 if grad_steps < STEPS else 0)
     return product * (3 * STEPS + backward)
