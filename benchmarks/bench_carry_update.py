@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import DEVICE, DTYPE, TOKENS, VARIANTS, WIDTH, Case
+from conftest import DEVICE, DTYPE, TOKENS, VARIANTS, WIDTH, Case, count
 from parity import assert_as_exact_as_eager, carry_tensors
 
 from hrm_kernels import carry_update, carry_update_reference
@@ -26,7 +26,7 @@ def test_carry_update(in_place, rows, tokens, variant, measure):
         variant,
         Case(
             "carry_update",
-            f"{tokens} tokens, a row is a {rows}, " + ("in place" if in_place else "fresh"),
+            f"{count(tokens)}, a row is a {rows}, " + ("in place" if in_place else "fresh"),
             tokens,
             call,
             lambda: check(tensors),

@@ -1,7 +1,7 @@
 """The H update: one step of the slow state, forward and with its backward."""
 
 import pytest
-from conftest import DEVICE, DTYPE, HEAD_SIZE, TOKENS, VARIANTS, Case
+from conftest import DEVICE, DTYPE, HEAD_SIZE, TOKENS, VARIANTS, Case, count
 from conftest import WIDTH as FAST_WIDTH
 from parity import assert_parity, h_tensors
 
@@ -27,7 +27,7 @@ def test_h_update(backward, tokens, variant, measure):
         variant,
         Case(
             "h_update",
-            f"{tokens} tokens, forward" + (" + backward" if backward else ""),
+            f"{count(tokens)}, forward" + (" + backward" if backward else ""),
             tokens,
             call,
             lambda: assert_parity(h_update, tensors),

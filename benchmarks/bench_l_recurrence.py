@@ -1,7 +1,7 @@
 """The L recurrence: T steps of the fast state, forward, and with the backward of 1 or of all T steps."""
 
 import pytest
-from conftest import DEVICE, DTYPE, HEAD_SIZE, TOKENS, VARIANTS, WIDTH, Case
+from conftest import DEVICE, DTYPE, HEAD_SIZE, TOKENS, VARIANTS, WIDTH, Case, count
 from parity import assert_parity, l_tensors
 
 from hrm_kernels import l_recurrence
@@ -35,7 +35,7 @@ def make_case(tokens: int, grad_steps: int | None) -> Case:
 
     return Case(
         "l_recurrence",
-        f"{tokens} tokens, " + ("forward" if grad_steps is None else f"forward + backward of {grad_steps} steps"),
+        f"{count(tokens)}, " + ("forward" if grad_steps is None else f"forward + backward of {grad_steps} steps"),
         tokens,
         call,
         lambda: assert_parity(l_recurrence, tensors, **options),

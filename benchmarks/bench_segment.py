@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import DEVICE, DTYPE, ON_GPU, VARIANTS, WIDTH, Case, peak_bytes
+from conftest import DEVICE, DTYPE, ON_GPU, VARIANTS, WIDTH, Case, count, peak_bytes
 from parity import assert_as_exact_as_eager
 
 from hrm import HRMConfig, HRMCore
@@ -101,12 +101,12 @@ def make_case(
 
     kind = "decoding" if positions == 1 else "forward"
     if backward:
-        kind += f" + backward of {grad_l_steps} L steps in {grad_cycles} cycle"
+        kind += f" + backward, {grad_l_steps}/{grad_cycles}"
     tokens = sequences * positions
     counted = not backward and h_mixer == "none"
     return Case(
         "segment",
-        f"{tokens} tokens, mixer {h_mixer}, {kind}",
+        f"{count(tokens)}, {kind}, mixer {h_mixer}",
         tokens,
         call,
         check,

@@ -47,6 +47,11 @@ class Case:
     bytes: float | None = None
 
 
+def count(tokens: int) -> str:
+    """The number of tokens as the cases' names write it."""
+    return f"{tokens} token" + ("s" if tokens != 1 else "")
+
+
 @pytest.fixture(autouse=True)
 def fresh_state() -> Iterator[None]:
     """The same inputs for every variant, and nothing of one left for the next."""

@@ -130,7 +130,7 @@ def plot_speed(rows: list[Row], path: Path) -> None:
         return
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 0.9 + 0.5 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(9, 1.2 + 0.45 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
     labels = [f"{row.operation}, {row.case}" for row in rows]
     bars = {
@@ -144,10 +144,11 @@ def plot_speed(rows: list[Row], path: Path) -> None:
         axes.bar_label(drawn, [f"{value:.1f}" if value else "" for value in values], padding=3, fontsize=8)
     axes.axvline(1.0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(rows)), labels, fontsize=8)
-    axes.invert_yaxis()
+    axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xscale("log")
+    axes.set_xlim(right=1.5 * axes.get_xlim()[1])  # room for the numbers behind the bars
     axes.set_xlabel("times as fast as eager PyTorch (log scale)")
-    axes.legend(loc="lower right")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=len(bars))
     figure.savefig(path, dpi=150)
 
 
