@@ -26,8 +26,6 @@ from hrm.settings import (
     nearest,
 )
 
-# transformers, PEFT and torch.compile are imported inside the verbs: help and usage errors come at once
-
 QUICKSTART: dict[str, Any] = {
     "hrm": {"d_l": 640, "d_h": 640, "h_cycles": 2, "l_steps": 4},
     "data": {
@@ -127,8 +125,15 @@ def _dispatch(words: list[str]) -> int:
     if any(word in ("-h", "--help") for word in overrides):
         print(_verb_help(name, verb))
         return 0
-    settings = load_settings(verb.schema, overrides, verb.defaults)
-    return _run(verb, settings)
+    return _run(verb, load_settings(verb.schema, overrides, _defaults(verb, overrides)))
+
+
+def _defaults(verb: Verb, overrides: Sequence[str]) -> Mapping[str, Any]:
+    """The verb's defaults; another task than its own does not get options that only its own understands."""
+    if not any(override.startswith("data.task=") for override in overrides):
+        return verb.defaults
+    data = {key: value for key, value in verb.defaults.get("data", {}).items() if key != "task_options"}
+    return {**verb.defaults, "data": data}
 
 
 def _run(verb: Verb, settings: Any) -> int:

@@ -217,9 +217,14 @@ def _find(keys: Mapping[str, Key], name: str) -> Key:
 
 def _set(config: DictConfig, key: Key, name: str, text: str) -> None:
     try:
-        OmegaConf.update(config, name, _read(text, get_args(key.kind) or (key.kind,)), force_add=name != key.name)
+        OmegaConf.update(config, name, _read(text, _kinds(key)), merge=False, force_add=name != key.name)
     except (OmegaConfBaseException, ValueError) as error:
         raise UsageError(f"{name} is {text!r}; it should be {_kind_name(key.kind)}") from error
+
+
+def _kinds(key: Key) -> tuple[Any, ...]:
+    """The types that a value may have; one given for a part of a dictionary may have any."""
+    return () if isinstance(key.default, dict) else get_args(key.kind) or (key.kind,)
 
 
 def _read(text: str, kinds: tuple[Any, ...]) -> Any:

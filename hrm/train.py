@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import signal
@@ -127,13 +128,9 @@ class Run:
     def create(cls, settings: Any, tokenizer: PreTrainedTokenizerBase) -> Run:
         """Makes runs/<name>-<time> and writes its config.yaml."""
         stem = f"{settings.run.name}-{datetime.now():%Y%m%d-%H%M%S}"
-        for suffix in ["", *(f"-{number}" for number in range(2, 1000))]:
-            folder = Path(settings.run.folder) / f"{stem}{suffix}"
-            try:
-                folder.mkdir(parents=True)
-                break
-            except FileExistsError:
-                continue
+        names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
+        folder = next(path for name in names if not (path := Path(settings.run.folder) / name).exists())
+        folder.mkdir(parents=True)
         OmegaConf.save(settings, folder / "config.yaml")
         return cls(folder, tokenizer)
 
@@ -189,13 +186,15 @@ def train(model: HRMGemmaForCausalLM, rows: Sequence[Encoded], settings: Any, ru
             norm = float(accelerator.clip_grad_norm_(parameters, settings.clip))
             rates = schedule.get_last_lr()
             _check_finite(output.loss.item(), norm, step, rates, run)
+            if step > 1 and (step - 1) % settings.save_every == 0:
+                run.save(model, step - 1)  # only now: this loss shows that the last step did no harm
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
             speed = int(batch.attention_mask.sum()) / (time.perf_counter() - started)
             run.log_step(**_metrics(step, output, norm, rates, speed, accelerator.device))
             progress.update(bar, advance=1, text=report.step_text(run.steps[-1]))
-            if stop.asked or step == total or step % settings.save_every == 0:
+            if stop.asked or step == total:
                 run.save(model, step)
             if stop.asked:
                 raise Interrupted(f"stopped after step {step} of {total}; the checkpoint is {run.checkpoint}")

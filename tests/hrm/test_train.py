@@ -1,0 +1,170 @@
+"""The training loop: learning rates, the run folder, Ctrl-C, and numbers that are not finite."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from rich.console import Console
+from tiny_backbone import TINY_CORE, save_tiny_backbone
+
+from hrm import HRMGemmaForCausalLM
+from hrm.cli import main
+from hrm.settings import TrainingSettings, UsageError, load_settings
+from hrm.train import TrainingError, fine_tune, load_tokenizer, lr_factor, make_optimizer
+
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory):
+    return save_tiny_backbone(tmp_path_factory.mktemp("backbone"))
+
+
+@pytest.fixture
+def settings(backbone, tmp_path):
+    """settings(*overrides): a small training run on a file that one answer fits all of."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"{n}?", "answer": "yes"}) + "\n" for n in range(40)))
+
+    def load(*overrides):
+        own = [f"hrm.backbone={backbone}", *TINY_CORE, f"data.path={path}", f"run.folder={tmp_path / 'runs'}"]
+        own += ["train.steps=3", "train.batch_size=4", "eval.max_new_tokens=4"]
+        return [*own, *overrides]
+
+    return load
+
+
+def run(arguments):
+    return fine_tune(load_settings(TrainingSettings, arguments), QUIET)
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder):
+    return [row["loss"] for row in metrics(folder) if row["event"] == "step"]
+
+
+def test_learning_rate_rises_then_falls_to_zero():
+    factors = [lr_factor(step, 10, 0.2) for step in range(11)]
+    assert factors[:3] == pytest.approx([1 / 3, 2 / 3, 1])
+    assert all(a > b for a, b in itertools.pairwise(factors[2:]))
+    assert factors[10] == pytest.approx(0)
+    assert lr_factor(0, 1, 0) == 1
+
+
+def test_core_and_adapters_have_their_own_learning_rates_and_only_matrices_decay(backbone):
+    model = HRMGemmaForCausalLM.from_backbone(backbone, hrm={"d_l": 32, "d_h": 32, "head_size": 16, "attn_heads": 2})
+    options = SimpleNamespace(core_lr=1.0, adapter_lr=2.0, weight_decay=0.5)
+    groups = make_optimizer(model, options).param_groups
+    assert [(group["lr"], group["weight_decay"]) for group in groups] == [(1, 0.5), (1, 0), (2, 0)]
+    placed = [parameter for group in groups for parameter in group["params"]]
+    assert {id(p) for p in placed} == {id(p) for p in model.parameters() if p.requires_grad}
+    assert len(placed) == len({id(p) for p in placed})
+
+
+def test_same_seed_same_losses(settings):
+    first, again, other = (losses(run(settings(f"train.seed={seed}"))) for seed in (1, 1, 2))
+    assert first == again
+    assert first != other
+
+
+def test_epochs_count_passes_over_the_data(settings):
+    folder = run(settings("train.steps=null", "train.epochs=0.5", "data.held_out=4"))
+    assert len(losses(folder)) == 5  # 36 rows, half of them, 4 at a time
+
+
+def test_the_checkpoint_is_the_trained_model(settings):
+    folder = run(settings("train.core_lr=0.01"))
+    model = HRMGemmaForCausalLM.from_pretrained(folder / "checkpoint")
+    assert model.hrm.w_out.abs().max() > 0
+    assert load_tokenizer(str(folder / "checkpoint")).eos_token == "<eos>"
+
+
+def test_act_is_trained_and_its_depth_logged(settings):
+    folder = run(settings("hrm.act=true", "hrm.max_segments=3"))
+    assert all(1 <= row["segments"] <= 3 for row in metrics(folder) if row["event"] == "step")
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_last_good_checkpoint(settings):
+    with pytest.raises(TrainingError) as error:
+        run(settings("train.core_lr=1e30", "train.warmup=0"))
+    message = str(error.value)
+    assert "at step 2" in message
+    assert "core" in message and "1e+30" not in message.partition("(core)")[2]
+    assert "none has been written yet" in message
+
+
+def test_checkpoints_on_the_way_are_of_steps_that_did_no_harm(settings, monkeypatch):
+    forward = HRMGemmaForCausalLM.forward
+
+    def break_at_third(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        if self.training and (calls := calls_of.append(1) or len(calls_of)) == 3:
+            assert calls == 3
+            output.loss = output.loss * float("nan")
+        return output
+
+    calls_of: list[int] = []
+    monkeypatch.setattr(HRMGemmaForCausalLM, "forward", break_at_third)
+    with pytest.raises(TrainingError, match=r"the loss is nan at step 3, .*checkpoint, of step 1") as error:
+        run(settings("train.save_every=1", "train.steps=5"))
+    HRMGemmaForCausalLM.from_pretrained(str(error.value).partition("checkpoint: ")[2].rpartition(",")[0])
+
+
+def test_failures_are_one_line_and_status_1(settings, capsys):
+    assert main(["train", *settings("train.core_lr=1e30", "train.warmup=0")]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("hrm.backbone=no/such/model/anywhere", "hrm.backbone is 'no/such/model/anywhere'"),
+        ("data.max_length=3", r"rows.jsonl:\d+: prompt and answer have"),
+    ],
+)
+def test_what_cannot_be_trained_is_said_before_a_run_folder_is_made(settings, tmp_path, override, message):
+    with pytest.raises(UsageError, match=message):
+        run(settings(override))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_trained_checkpoint_is_no_backbone(settings):
+    checkpoint = run(settings()) / "checkpoint"
+    with pytest.raises(UsageError, match="has a core already"):
+        run(settings(f"hrm.backbone={checkpoint}"))
+
+
+def test_ctrl_c_leaves_a_checkpoint_that_loads_and_says_where(settings, tmp_path):
+    command = [sys.executable, "-m", "hrm", "train", *settings("train.steps=100000")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    try:
+        _wait_for_steps(tmp_path / "runs", process)
+        process.send_signal(signal.SIGINT)
+        _, notes = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, notes
+    (checkpoint,) = (tmp_path / "runs").glob("*/checkpoint")
+    assert notes.strip().endswith(f"the checkpoint is {checkpoint}")
+    assert HRMGemmaForCausalLM.from_pretrained(checkpoint).hrm.w_out.abs().max() > 0
+    assert torch.isfinite(torch.tensor(losses(checkpoint.parent))).all()
+
+
+def _wait_for_steps(folder, process, seconds=90):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and process.poll() is None:
+        if any('"step"' in path.read_text() for path in folder.glob("*/metrics.jsonl")):
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"no step was trained in {seconds} s; status {process.poll()}: {process.stderr.read()}")
