@@ -137,6 +137,14 @@ def test_backward_through_a_retained_graph_twice_gives_the_same(device):
         assert torch.equal(a, b)
 
 
+def test_a_second_derivative_is_an_error_and_not_a_wrong_number(device):
+    leaves = [t.requires_grad_() for t in h_tensors(5, device=device).values()]
+    out = h_update(*leaves, backend="triton")
+    gradient = torch.autograd.grad(out.square().sum(), leaves[0], create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
 def test_only_the_inputs_are_saved(device):
     leaves = [t.requires_grad_() for t in h_tensors(9, device=device).values()]
     inputs = sum(t.nbytes for t in leaves)

@@ -182,6 +182,14 @@ def test_backward_through_a_retained_graph_twice_gives_the_same(device):
         assert torch.equal(a, b)
 
 
+def test_a_second_derivative_is_an_error_and_not_a_wrong_number(device):
+    leaves = [t.requires_grad_() for t in l_tensors(5, device=device).values()]
+    out = l_recurrence(*leaves, steps=2, grad_steps=2, backend="triton")
+    gradient = torch.autograd.grad(out.square().sum(), leaves[0], create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
 @pytest.mark.parametrize("grad_steps", [1, 2])
 def test_what_is_saved_does_not_grow_with_steps(grad_steps, device):
     def saved(steps: int, grad_steps: int) -> int:
