@@ -18,16 +18,16 @@ from torch import Tensor
 
 
 def rotation(position_ids: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of RoPE (arXiv 2104.09864): position_ids (B, S) -> two of (B, 1, S, head_dim / 2)."""
+    """Cosines and signed sines of RoPE (arXiv 2104.09864): position_ids (B, S) -> two of (B, 1, S, head_dim)."""
     exponents = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32) / head_dim
     angles = position_ids[:, None, :, None].float() * theta**-exponents
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates the pairs (i, i + head_dim / 2) of heads (B, H, S, head_dim) by their position's angles."""
-    first, second = heads.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return torch.addcmul(heads * cos, heads.roll(heads.shape[-1] // 2, -1), sin)
 
 
 # ---------------------------------------------------------------------------------------------------- slots
@@ -118,8 +118,8 @@ class Mixing:
 
     heads: int
     cycles: int
-    cos: Tensor  # (B, 1, S, head_dim / 2)
-    sin: Tensor  # (B, 1, S, head_dim / 2)
+    cos: Tensor  # (B, 1, S, head_dim)
+    sin: Tensor  # (B, 1, S, head_dim), as `rotation` signs them
     mask: Tensor | None  # (B, 1, S, past + S) bool, True where a query may look; None: `causal` says it all
     causal: bool  # without a mask: whether a query sees only keys up to its own
     cache: SlotCache | None
@@ -172,15 +172,16 @@ def mix(z: Tensor, w_qkv: Tensor, w_o: Tensor, mixing: Mixing, cycle: int) -> Te
 
     z (B * S, d_h), w_qkv (d_h, (heads + 2 kv_heads) * head_dim), w_o (d_h, d_h) -> (B * S, d_h).
     """
-    batch, _, tokens, half = mixing.cos.shape
-    kv_heads = (w_qkv.shape[1] // (2 * half) - mixing.heads) // 2
-    qkv = (z @ w_qkv).view(batch, tokens, mixing.heads + 2 * kv_heads, 2 * half).transpose(1, 2)
-    queries, keys, values = qkv.split([mixing.heads, kv_heads, kv_heads], dim=1)
-    keys, values = mixing.offer(cycle, rotate(keys, mixing.cos, mixing.sin), values)
+    batch, _, tokens, head_dim = mixing.cos.shape
+    kv_heads = (w_qkv.shape[1] // head_dim - mixing.heads) // 2
+    qkv = (z @ w_qkv).view(batch, tokens, mixing.heads + 2 * kv_heads, head_dim).transpose(1, 2)
+    turned = rotate(qkv[:, :-kv_heads], mixing.cos, mixing.sin)
+    queries, keys = turned.split([mixing.heads, kv_heads], dim=1)
+    keys, values = mixing.offer(cycle, keys, qkv[:, -kv_heads:])
     if mixing.mask is not None:  # SDPA's memory-saving CUDA kernel takes a mask or grouped heads, not both
         keys, values = (part.repeat_interleave(mixing.heads // kv_heads, dim=1) for part in (keys, values))
     mixed = F.scaled_dot_product_attention(
-        rotate(queries, mixing.cos, mixing.sin),
+        queries,
         keys,
         values,
         attn_mask=mixing.mask,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -35,9 +34,30 @@ class Segment:
     """What one segment hands to the outside; gradients flow through `z_h` and `q`."""
 
     z_h: Tensor  # (B, S, d_h), the slow state that the read-out sees
-    q: Tensor  # (B, S, 2), float32: halt, go on
     active: Tensor  # (B, S) bool: real tokens that had not halted before this segment
-    last: Tensor  # (B, S) bool: tokens that may run no further segment after this one
+    q: Tensor | None = None  # (B, S, 2) float32, q_halt and q_continue; with ACT only
+    last: Tensor | None = None  # (B, S) bool: tokens that may run no further segment after this one; with ACT only
+
+
+class Weights(NamedTuple):
+    """A core's parameters and initial states in the dtype that a forward pass runs in (shapes: `HRMCore`)."""
+
+    w_x: Tensor
+    w_c: Tensor
+    b_c: Tensor
+    r_gate: Tensor
+    r_up: Tensor
+    r_down: Tensor
+    w_l: Tensor
+    b_h: Tensor
+    r_h: Tensor
+    w_out: Tensor
+    w_q: Tensor
+    b_q: Tensor
+    z_l_init: Tensor
+    z_h_init: Tensor
+    w_qkv: Tensor | None = None  # None without a mixer
+    w_o: Tensor | None = None
 
 
 class CoreOutput(NamedTuple):
@@ -45,9 +65,10 @@ class CoreOutput(NamedTuple):
 
     segments: list[Segment]
     z_h: Tensor  # (B, S, d_h), each token's slow state after its own last segment
-    carry: HRMCarry
     segments_used: Tensor  # (B, S) int32, segments that each token ran in this call; 0 for padding
-    residuals: Tensor  # (M, 2) float32, mean relative change of z_L and z_H over the real tokens of rows that go on
+    carry: HRMCarry | None = None  # None with a cache: decoding hands on slots, not states
+    residuals: Tensor | None = None  # (M, 2) float32, mean relative change of z_L and z_H over the real tokens of rows
+    # that go on; None with a cache
 
 
 class HRMCore(nn.Module):
@@ -204,16 +225,20 @@ class HRMCore(nn.Module):
             weights = self._weights(dtype)
             context = self.input_context(h, weights)
             mixing = self._mixing(attention_mask, position_ids, h, cache, dtype)
-            return self._run(context, carry, weights, mixing, real, segments, real if counted is None else counted)
+            counted = real if counted is None else counted
+            output = self._run(context, carry, weights, mixing, real, segments, counted, keep_carry=cache is None)
+        if cache is not None:
+            cache.commit(h.shape[1], len(output.segments))
+        return output
 
-    def input_context(self, h: Tensor, weights: SimpleNamespace | None = None) -> Tensor:
+    def input_context(self, h: Tensor, weights: Weights | None = None) -> Tensor:
         """x W_x + b_c with x = rms_norm(h): (B, S, d) -> (B * S, 2 d_l), what all cycles and segments share."""
         weights = weights or self._weights(_compute_dtype(self, h))
         x = self._norm(h).to(weights.w_x.dtype).flatten(0, -2)
         return torch.addmm(weights.b_c, x, weights.w_x)
 
     def segment(
-        self, context: Tensor, z_l: Tensor, z_h: Tensor, weights: SimpleNamespace, mixing: Mixing | None
+        self, context: Tensor, z_l: Tensor, z_h: Tensor, weights: Weights, mixing: Mixing | None
     ) -> tuple[Tensor, Tensor]:
         """One segment: N cycles of T L steps and one H step; the last `grad_cycles` carry gradient.
 
@@ -231,7 +256,7 @@ class HRMCore(nn.Module):
         context: Tensor,
         z_l: Tensor,
         z_h: Tensor,
-        weights: SimpleNamespace,
+        weights: Weights,
         mixing: Mixing | None,
         differentiate: bool,
     ) -> tuple[Tensor, Tensor]:
@@ -250,6 +275,7 @@ class HRMCore(nn.Module):
             backend=self.backend,
         )
         if mixing is not None:
+            assert weights.w_qkv is not None and weights.w_o is not None
             z_h = mix(z_h, weights.w_qkv, weights.w_o, mixing, cycle)
         inputs = torch.addmm(weights.b_h, z_l, weights.w_l)
         return z_l, hrm_kernels.h_update(z_h, inputs, weights.r_h, eps=config.norm_eps, backend=self.backend)
@@ -265,41 +291,43 @@ class HRMCore(nn.Module):
         self,
         context: Tensor,
         carry: HRMCarry,
-        weights: SimpleNamespace,
+        weights: Weights,
         mixing: Mixing | None,
         real: Tensor,
         segments: int | None,
         counted: Tensor,
+        keep_carry: bool,
     ) -> CoreOutput:
         halting, limit = self._plan(segments)
         z_l, z_h = carry.z_l.flatten(0, 1), carry.z_h.flatten(0, 1)
-        steps = carry.steps[:, None].expand(real.shape)
-        halted = torch.zeros_like(real)
-        used = torch.zeros_like(real, dtype=torch.int32)
-        out = carry.z_h
-        done: list[Segment] = []
-        residuals: list[Tensor] = []
+        steps, halted = carry.steps[:, None].expand(real.shape), torch.zeros_like(real)
+        out, done, residuals = carry.z_h, [], []
         for index in range(limit):
-            active, last = real & ~halted, steps + 1 >= self.config.max_segments
+            segment = Segment(out, real & ~halted if halting else real)
             if mixing is not None:
-                mixing.segment, mixing.active = index, active if halting and not self.training else None
-            new_l, new_h = self.segment(context, z_l, z_h, weights, mixing)
-            q = torch.addmm(weights.b_q, new_h, weights.w_q).float().view(*real.shape, 2)
-            done.append(Segment(new_h.view_as(out), q, active, last))
-            out = torch.where(active[..., None], done[-1].z_h, out) if halting else done[-1].z_h
-            used = used + active
+                mixing.segment, mixing.active = index, segment.active if halting and not self.training else None
+            old, (z_l, z_h) = (z_l, z_h), self.segment(context, z_l, z_h, weights, mixing)
+            segment.z_h = z_h.view(carry.z_h.shape)
+            out = torch.where(segment.active[..., None], segment.z_h, out) if halting else segment.z_h
+            if self.config.act:
+                segment.q = torch.addmm(weights.b_q, z_h, weights.w_q).float().view(*real.shape, 2)
+                segment.last = steps + 1 >= self.config.max_segments
             if halting:
-                halted = halted | last | self._wants_to_stop(q, counted)
-            # a row starts afresh once all its real tokens have halted; without halting no row ever does
-            restart = (halted | ~real).all(1, keepdim=True).logical_and(halted.any(1, keepdim=True)).expand_as(real)
-            (z_l, z_h), steps, moved = self._hand_over(restart, steps, (z_l, z_h), (new_l, new_h), weights)
-            residuals.append(_mean(moved, real & ~restart))
+                halted = self._halted(segment, halted, counted)
+            done.append(segment)
+            z_l, z_h = z_l.detach(), z_h.detach()
+            if keep_carry:
+                restart = (halted | ~real).all(1, keepdim=True).expand(real.shape) if halting else halted
+                (z_l, z_h), steps, moved = self._hand_over(restart, steps, old, (z_l, z_h), weights)
+                residuals.append(_mean(moved, real & ~restart))
             if halting and not (real & ~halted).any():
                 break
-        if mixing is not None and mixing.cache is not None:
-            mixing.cache.commit(real.shape[1], len(done))
-        carry = HRMCarry(z_l.view_as(carry.z_l), z_h.view_as(carry.z_h), steps[:, 0].clone(), restart[:, 0].clone())
-        return CoreOutput(done, out, carry, used, torch.stack(residuals))
+        used = torch.stack([segment.active for segment in done]).sum(0, dtype=torch.int32)
+        if not keep_carry:
+            return CoreOutput(done, out, used)
+        states = z_l.view(carry.z_l.shape), z_h.view(carry.z_h.shape)
+        carry = HRMCarry(*states, steps[:, 0].clone(), restart[:, 0].clone())
+        return CoreOutput(done, out, used, carry, torch.stack(residuals))
 
     def _plan(self, segments: int | None) -> tuple[bool, int]:
         """Whether anything may halt in this call, and the most segments that it runs."""
@@ -309,14 +337,14 @@ class HRMCore(nn.Module):
         return halting, segments or (self.config.max_segments if halting else self.config.segments)
 
     @torch.no_grad()
-    def _wants_to_stop(self, q: Tensor, counted: Tensor) -> Tensor:
-        """(B, S) bool: q_halt is above q_continue, by each row's mean over `counted` in training, else by token."""
-        margin = q[..., 0] - q[..., 1]
-        if not self.training:
-            return margin > 0
-        mean = (margin * counted).sum(1, keepdim=True)  # up to a positive factor
-        # a row in which nothing counts has nothing to go on for
-        return ((mean > 0) | ~counted.any(1, keepdim=True)).expand_as(margin)
+    def _halted(self, segment: Segment, before: Tensor, counted: Tensor) -> Tensor:
+        """(B, S) bool: who has halted after `segment`, by row in training and by token in evaluation."""
+        assert segment.q is not None and segment.last is not None  # ACT is on
+        margin = segment.q[..., 0] - segment.q[..., 1]
+        stop = margin > 0
+        if self.training:  # the row's mean decides; a row in which nothing counts has nothing to go on for
+            stop = ((margin * counted).sum(1, keepdim=True) > 0) | ~counted.any(1, keepdim=True)
+        return before | segment.last | stop
 
     def _hand_over(
         self,
@@ -324,7 +352,7 @@ class HRMCore(nn.Module):
         steps: Tensor,
         old: tuple[Tensor, Tensor],
         new: tuple[Tensor, Tensor],
-        weights: SimpleNamespace,
+        weights: Weights,
     ) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
         """The states and steps to go on with, without graph, and how far each token's two states moved (B, S, 2)."""
         rows, counts = restart.flatten(), steps.flatten()
@@ -338,10 +366,10 @@ class HRMCore(nn.Module):
 
     # ------------------------------------------------------------------------------------------------ helpers
 
-    def _weights(self, dtype: torch.dtype) -> SimpleNamespace:
+    def _weights(self, dtype: torch.dtype) -> Weights:
         """All parameters and initial states in `dtype`: cast once a forward pass, with graph, for all its cycles."""
         tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
-        return SimpleNamespace(**{name: tensor.to(dtype) for name, tensor in tensors.items()})
+        return Weights(**{name: tensor.to(dtype) for name, tensor in tensors.items()})
 
     def _mixing(
         self,

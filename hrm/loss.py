@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 IGNORED = -100  # label of a position that is not scored
 CHUNK_BYTES = 256 * 2**20  # float32 logits held at a time
+
+
+Head = Callable[[Tensor], Tensor]
 
 
 class TokenLoss(NamedTuple):
@@ -24,36 +27,71 @@ class TokenLoss(NamedTuple):
 def linear_cross_entropy(
     hidden: Tensor,
     targets: Tensor,
-    head: Callable[[Tensor], Tensor],
+    head: Head,
     vocabulary: int,
     *,
+    frozen: bool = False,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> TokenLoss:
-    """Cross entropy of each token, a chunk of tokens at a time; the backward pass computes each chunk's logits again.
+    """Cross entropy of each token, a chunk of tokens at a time, so that only one chunk's logits exist at once.
 
-    Differentiable with respect to `hidden` and to the parameters of `head`.
+    Differentiable with respect to `hidden` and, unless `frozen`, to the parameters of `head`. A frozen head costs two
+    products a token: the gradient of a token's loss needs its own logits alone, so it is taken while they are there.
+    Any other costs a third, for the backward pass computes the logits again.
 
     Args:
         hidden: (n, d) outputs whose next token is scored.
         targets: (n,) int64, from 0 to vocabulary - 1.
         head: maps (m, d) to logits (m, vocabulary), soft cap included.
         vocabulary: size of the head's output, which the chunk is sized by.
+        frozen: no parameter of `head` wants a gradient.
         chunk_bytes: the most bytes that one chunk's float32 logits may take.
+
+    Raises:
+        ValueError: `targets` are not as many as `hidden`.
     """
     if hidden.shape[0] != targets.shape[0]:
         raise ValueError(f"targets.shape is {tuple(targets.shape)}; it should be ({hidden.shape[0]},), one a token")
     rows = max(1, chunk_bytes // (4 * vocabulary))
-
-    def chunk(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logits = head(hidden).float()
-        return F.cross_entropy(logits, targets, reduction="none"), logits.argmax(-1) == targets
-
+    if frozen:
+        return TokenLoss(*_FrozenHeadLoss.apply(hidden, targets, head, rows))
     parts = [
-        checkpoint(chunk, *part, use_reentrant=False, preserve_rng_state=False)
+        checkpoint(_score, *part, head, use_reentrant=False, preserve_rng_state=False)
         for part in zip(hidden.split(rows), targets.split(rows), strict=True)
     ]
     losses, correct = zip(*parts, strict=True)
     return TokenLoss(torch.cat(losses), torch.cat(correct))
+
+
+def _score(hidden: Tensor, targets: Tensor, head: Head) -> tuple[Tensor, Tensor]:
+    logits = head(hidden).float()
+    return F.cross_entropy(logits, targets, reduction="none"), logits.argmax(-1) == targets
+
+
+class _FrozenHeadLoss(torch.autograd.Function):
+    """Takes the gradient of each token's loss in the forward pass; the backward pass only scales it."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Head, rows: int) -> tuple[Tensor, Tensor]:
+        losses = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
+        correct = torch.empty(targets.shape, dtype=torch.bool, device=hidden.device)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(targets), rows):
+            part = slice(start, start + rows)
+            with torch.set_grad_enabled(gradient is not None):
+                inputs = hidden[part].detach().requires_grad_(gradient is not None)
+                loss, correct[part] = _score(inputs, targets[part], head)
+            losses[part] = loss.detach()
+            if gradient is not None:
+                (gradient[part],) = torch.autograd.grad(loss, inputs, torch.ones_like(loss))
+        ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(correct)
+        return losses, correct
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        (gradient,) = ctx.saved_tensors
+        return (gradient * grad_loss[:, None]).to(gradient.dtype), None, None, None
 
 
 def q_loss(values: Tensor, correct: Tensor, active: Tensor, last: Tensor) -> Tensor:

@@ -80,12 +80,12 @@ class HRMOutput(ModelOutput):
     loss: Tensor | None = None  # () mean over the segments' losses, with the Q head's under ACT
     logits: Tensor | None = None  # (B, kept, vocabulary); None where labels were given and no logits asked for
     past_key_values: Cache | None = None
-    carry: HRMCarry | None = None
+    carry: HRMCarry | None = None  # None with a cache: decoding hands on slots, not states
     segment_losses: Tensor | None = None  # (M,) float32, detached
     q_loss: Tensor | None = None  # () float32, under ACT with labels
     segments_used: Tensor | None = None  # () float32, mean over real tokens
     token_segments: Tensor | None = None  # (B, S) int32, segments that each token ran; 0 for padding
-    residuals: Tensor | None = None  # (M, 2) float32, mean relative change of z_L and z_H in each segment
+    residuals: Tensor | None = None  # (M, 2) float32, mean relative change of z_L and z_H; None with a cache
     hidden_states: tuple[Tensor, ...] | None = None  # the backbone's
     attentions: tuple[Tensor, ...] | None = None  # the backbone's
 
@@ -344,22 +344,23 @@ class HRMGemmaForCausalLM(PreTrainedModel, GenerationMixin):
         """Each segment's mean over the scored tokens that ran it, their mean, and the Q head's loss under ACT."""
         rows = (targets != IGNORED).flatten().nonzero().squeeze(1)
         wanted, h = targets.flatten()[rows], h.flatten(0, 1)[rows]
-        active = torch.stack([segment.active.flatten()[rows] for segment in core.segments])
+
+        def pick(name: str) -> Tensor:  # (M, n, ...), a segment's field at the scored positions
+            return torch.stack([getattr(segment, name).flatten(0, 1)[rows] for segment in core.segments])
+
+        active = pick("active")
         scores = [self._score(segment.z_h.flatten(0, 1)[rows], h, wanted) for segment in core.segments]
         losses = torch.stack([masked_mean(score.loss, ran) for score, ran in zip(scores, active, strict=True)])
         output.segment_losses, output.loss = losses.detach(), losses.mean()
         if self.hrm.config.act:
-            output.q_loss = q_loss(
-                torch.stack([segment.q.flatten(0, 1)[rows] for segment in core.segments]),
-                torch.stack([score.correct for score in scores]),
-                active,
-                torch.stack([segment.last.flatten()[rows] for segment in core.segments]),
-            )
+            correct = torch.stack([score.correct for score in scores])
+            output.q_loss = q_loss(pick("q"), correct, active, pick("last"))
             output.loss = output.loss + self.hrm.config.q_loss_weight * output.q_loss
 
     def _score(self, z_h: Tensor, h: Tensor, targets: Tensor) -> TokenLoss:
         vocabulary = self.config.get_text_config().vocab_size
-        return linear_cross_entropy(self.hrm.read_out(h, z_h), targets, self._logits, vocabulary)
+        frozen = not any(parameter.requires_grad for parameter in self.get_output_embeddings().parameters())
+        return linear_cross_entropy(self.hrm.read_out(h, z_h), targets, self._logits, vocabulary, frozen=frozen)
 
     def _cache(self, cache: Cache | None, use_cache: bool | None) -> HRMCache | None:
         if cache is None:

@@ -79,7 +79,8 @@ def seem_trained(model: HRMGemmaForCausalLM) -> None:
         elif name.endswith("correct_output_scale"):
             parameter.fill_(1.0)
     hidden = model.get_decoder()(torch.randint(1, VOCABULARY, (4, 12))).last_hidden_state
-    q = model.hrm(hidden, segments=2).segments[-1].q
+    model.hrm.b_q.zero_()
+    q = model.hrm(hidden, segments=2).z_h @ model.hrm.w_q
     model.hrm.b_q[0] -= (q[..., 0] - q[..., 1]).median()  # so that tokens halt at different depths
 
 

@@ -152,8 +152,9 @@ def test_initial_states_are_drawn_once_and_head_normed():
 
 
 def test_a_fresh_core_reads_out_nothing_and_does_not_want_to_halt(h):
-    core = HRMCore(HRMConfig(**SIZES))
+    core = HRMCore(HRMConfig(**SIZES, act=True, max_segments=2))
     out = core(h)
+    assert len(out.segments) == 2
     assert torch.equal(core.read_out(h, out.z_h), h)
     assert torch.equal(out.segments[0].q, torch.full((BATCH, TOKENS, 2), -5.0))
 
@@ -186,6 +187,29 @@ def test_fused_kernels_give_the_same_segment_and_gradients(h, device):
         results.append([out, *torch.autograd.grad(out, [core.w_x, core.r_up, core.r_h], cotangent)])
     for eager, fused in zip(*results, strict=True):
         torch.testing.assert_close(fused, eager, rtol=1e-3, atol=1e-3 * float(eager.detach().abs().max()))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_compiles_into_one_graph(h, padded):
+    core = make_core(segments=2, fused=False)
+    mask = None
+    if padded:
+        mask = torch.ones(BATCH, TOKENS, dtype=torch.long)
+        mask[0, :2] = 0
+
+    def segments(h):
+        out = core(h, attention_mask=mask)
+        return core.read_out(h, out.z_h)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(segments, fullgraph=True, backend="aot_eager")
+    wanted, got = segments(h), compiled(h)
+    torch.testing.assert_close(got, wanted)
+    weights = [core.w_out, core.w_x, core.w_qkv]
+    for should, was in zip(
+        torch.autograd.grad(wanted.sum(), weights), torch.autograd.grad(got.sum(), weights), strict=True
+    ):
+        torch.testing.assert_close(was, should, rtol=1e-4, atol=1e-4)
 
 
 def test_explain_names_every_kernel():

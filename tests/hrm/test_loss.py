@@ -23,46 +23,65 @@ class CappedHead(nn.Module):
         return torch.tanh(self.linear(hidden) / 3) * 3
 
 
+@pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("rows", [1, 4, 13, 100])
-def test_equals_the_plain_cross_entropy_with_its_gradients(rows):
+def test_equals_the_plain_cross_entropy_with_its_gradients(rows, frozen):
     head, hidden = CappedHead(), torch.randn(TOKENS, WIDTH, requires_grad=True)
     targets, weights = torch.randint(0, VOCABULARY, (TOKENS,)), torch.rand(TOKENS)
     logits = head(hidden)
     plain = F.cross_entropy(logits, targets, reduction="none")
-    chunked = linear_cross_entropy(hidden, targets, head, VOCABULARY, chunk_bytes=rows * VOCABULARY * 4)
+    chunk_bytes = rows * VOCABULARY * 4
+    chunked = linear_cross_entropy(hidden, targets, head, VOCABULARY, frozen=frozen, chunk_bytes=chunk_bytes)
     torch.testing.assert_close(chunked.loss, plain)
     assert torch.equal(chunked.correct, logits.argmax(-1) == targets)
-    inputs = [hidden, head.linear.weight]
+    inputs = [hidden] if frozen else [hidden, head.linear.weight]
     wanted = torch.autograd.grad(plain, inputs, weights)
     for should, was in zip(wanted, torch.autograd.grad(chunked.loss, inputs, weights), strict=True):
         torch.testing.assert_close(was, should)
 
 
-def test_never_holds_more_logits_than_a_chunk():
+@pytest.mark.parametrize("frozen", [True, False])
+def test_never_holds_more_logits_than_a_chunk(frozen):
     head, hidden = CappedHead(), torch.randn(TOKENS, WIDTH, requires_grad=True)
     sizes = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
         scored = linear_cross_entropy(
-            hidden, torch.zeros(TOKENS, dtype=torch.long), head, VOCABULARY, chunk_bytes=4 * VOCABULARY * 4
+            hidden,
+            torch.zeros(TOKENS, dtype=torch.long),
+            head,
+            VOCABULARY,
+            frozen=frozen,
+            chunk_bytes=4 * VOCABULARY * 4,
         )
     scored.loss.sum().backward()
     assert max(head.rows) == 4
-    assert max(sizes) <= 4 * VOCABULARY
+    assert sum(head.rows) == TOKENS * (1 if frozen else 2)  # a frozen head's logits are computed once
+    assert max(size for size in sizes if size != head.linear.weight.numel()) <= 4 * VOCABULARY
 
 
-def test_float32_loss_from_bfloat16_logits():
-    head = CappedHead().bfloat16()
-    loss = linear_cross_entropy(torch.randn(3, WIDTH).bfloat16(), torch.tensor([1, 2, 3]), head, VOCABULARY).loss
+@pytest.mark.parametrize("frozen", [True, False])
+def test_float32_loss_from_bfloat16_logits(frozen):
+    head, hidden = CappedHead().bfloat16(), torch.randn(3, WIDTH, dtype=torch.bfloat16, requires_grad=True)
+    loss = linear_cross_entropy(hidden, torch.tensor([1, 2, 3]), head, VOCABULARY, frozen=frozen).loss
     assert loss.dtype == torch.float32
+    assert torch.autograd.grad(loss.sum(), hidden)[0].dtype == torch.bfloat16
 
 
-def test_no_tokens_give_a_loss_of_zero_with_graph():
-    head, hidden = CappedHead(), torch.randn(0, WIDTH, requires_grad=True)
-    scored = linear_cross_entropy(hidden, torch.zeros(0, dtype=torch.long), head, VOCABULARY)
+def test_a_frozen_head_under_no_grad():
+    hidden = torch.randn(3, WIDTH, requires_grad=True)
+    with torch.no_grad():
+        loss = linear_cross_entropy(hidden, torch.tensor([1, 2, 3]), CappedHead(), VOCABULARY, frozen=True).loss
+    assert not loss.requires_grad
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_no_tokens_give_a_loss_of_zero_with_graph(frozen):
+    hidden = torch.randn(0, WIDTH, requires_grad=True)
+    scored = linear_cross_entropy(hidden, torch.zeros(0, dtype=torch.long), CappedHead(), VOCABULARY, frozen=frozen)
     loss = masked_mean(scored.loss, torch.ones(0, dtype=torch.bool))
     assert loss.item() == 0
     loss.backward()
-    assert head.linear.weight.grad.abs().sum() == 0
+    assert hidden.grad.shape == (0, WIDTH)
 
 
 def test_mismatched_targets_are_named():
