@@ -93,12 +93,11 @@ def gemma_tokenizer(tokens: Sequence[str], scores: Sequence[float], types: Seque
     """
     table = list(zip(tokens, scores, types, strict=True))
     vocabulary = {token: index for index, token in enumerate(tokens)}
-    tokenizer = GemmaTokenizer(vocab=vocabulary, merges=_merges(table, vocabulary))
+    merges: list[Any] = _merges(table, vocabulary)  # pairs, which transformers' hint leaves out
+    tokenizer = GemmaTokenizer(vocab=vocabulary, merges=merges, add_bos_token=True)
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token, _, kind in table if kind == USER_DEFINED])
     turns = [token for token, _, kind in table if kind == CONTROL and token.endswith("_of_turn>")]
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in turns], special_tokens=True)
-    tokenizer.add_bos_token = True
-    tokenizer.update_post_processor()
     return tokenizer
 
 

@@ -39,7 +39,7 @@ def step_text(step: Mapping[str, float]) -> str:
 
 def print_evaluation(console: Console, name: str, evaluation: Evaluation) -> None:
     """How many of the held-out problems are right."""
-    console.print(f"{name:>14}: {evaluation.right} of {len(evaluation.scores)} right ({evaluation.accuracy:.0%})")
+    console.print(f"{name:>16}: {evaluation.right} of {len(evaluation.scores)} right ({evaluation.accuracy:.0%})")
 
 
 def print_outcome(console: Console, evaluations: Mapping[str, Evaluation], folder: Path) -> None:

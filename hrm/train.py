@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 import signal
 import sys
 import time
@@ -24,7 +25,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, set
 
 from hrm import report
 from hrm.data import Encoded, Template, batches, encode, first_line, load_problems
-from hrm.evaluate import Evaluation, evaluate
+from hrm.evaluate import Evaluation, commonest_answer, evaluate
 from hrm.modeling import HRMGemmaForCausalLM, HRMOutput
 from hrm.settings import UsageError, check_training, default_backbone, hrm_config, lora_dict
 
@@ -67,18 +68,21 @@ def fine_tune(settings: Any, console: Console) -> Path:
     def judge(name: str, shots: int = 0) -> Evaluation:
         sizes = {"batch_size": settings.eval.batch_size, "max_new_tokens": settings.eval.max_new_tokens}
         with console.status(f"Evaluating {name} training"):
-            evaluation = evaluate(model, tokenizer, problems, template, shots=shots, **sizes)
-        evaluation.write(run.folder / f"answers-{name}.jsonl")
-        run.log(event="evaluation", when=name, right=evaluation.right, of=len(evaluation.scores))
-        report.print_evaluation(console, name, evaluation)
-        return evaluation
+            return evaluate(model, tokenizer, problems, template, shots=shots, **sizes)
 
-    evaluations = {"before": judge("before")}
+    evaluations: dict[str, Evaluation] = {}
+
+    def note(name: str, evaluation: Evaluation) -> None:
+        evaluations[name] = evaluation
+        run.log_evaluation(name, evaluation)
+        report.print_evaluation(console, name, evaluation)
+
+    note("commonest answer", commonest_answer(problems))
+    note("before", judge("before"))
     if settings.eval.shots:
-        few_shot = f"before-{settings.eval.shots}-shot"
-        evaluations[few_shot] = judge(few_shot, settings.eval.shots)
+        note(f"before, {settings.eval.shots} shots", judge("before", settings.eval.shots))
     train(model, rows, settings.train, run, console)
-    evaluations["after"] = judge("after")
+    note("after", judge("after"))
     report.plot_run(run.folder, run.steps, evaluations)
     report.print_outcome(console, evaluations, run.folder)
     return run.folder
@@ -149,6 +153,11 @@ class Run:
         self.steps.append(values)
         self.log(event="step", **values)
 
+    def log_evaluation(self, name: str, evaluation: Evaluation) -> None:
+        """Adds an evaluation's line to metrics.jsonl, and writes its answers."""
+        self.log(event="evaluation", when=name, right=evaluation.right, of=len(evaluation.scores))
+        evaluation.write(self.folder / f"answers-{re.sub('[^a-z0-9]+', '-', name)}.jsonl")
+
     def save(self, model: HRMGemmaForCausalLM, step: int) -> None:
         """Writes the checkpoint, in place of an earlier one."""
         model.save_pretrained(self.checkpoint)
@@ -184,7 +193,7 @@ def train(model: HRMGemmaForCausalLM, rows: Sequence[Encoded], settings: Any, ru
             output = wrapped(**{name: t.to(accelerator.device) for name, t in batch._asdict().items()})
             accelerator.backward(output.loss)
             norm = float(accelerator.clip_grad_norm_(parameters, settings.clip))
-            rates = schedule.get_last_lr()
+            rates = [float(rate) for rate in schedule.get_last_lr()]
             _check_finite(output.loss.item(), norm, step, rates, run)
             if step > 1 and (step - 1) % settings.save_every == 0:
                 run.save(model, step - 1)  # only now: this loss shows that the last step did no harm

@@ -3,7 +3,7 @@
 import pytest
 
 from hrm import HRMConfig
-from hrm.cli import QUICKSTART, VERBS, main
+from hrm.cli import VERBS, main, quickstart_defaults
 from hrm.settings import (
     TrainingSettings,
     UsageError,
@@ -67,7 +67,7 @@ def test_values_are_read_by_the_type_of_their_key():
 
 
 def test_overrides_come_after_a_verbs_own_defaults():
-    loaded = settings("train.steps=3", defaults=QUICKSTART)
+    loaded = settings("train.steps=3", defaults=quickstart_defaults())
     assert (loaded.train.steps, loaded.run.name) == (3, "quickstart")
 
 
@@ -124,7 +124,7 @@ def test_help(capsys):
 def test_help_of_a_verb_shows_its_own_defaults(capsys):
     assert main(["quickstart", "--help"]) == 0
     out = capsys.readouterr().out
-    assert f"train.steps={QUICKSTART['train']['steps']}\n" in out
+    assert f"train.steps={quickstart_defaults()['train']['steps']}\n" in out
     assert "hrm.fused=auto\n" in out
 
 

@@ -45,7 +45,8 @@ def test_the_run_folder_is_complete(finished):
     run, _ = finished
     assert run.name.startswith("quickstart-")
     assert {path.name for path in run.iterdir()} == {
-        "accuracy.png", "answers-after.jsonl", "answers-before.jsonl", "answers-before-2-shot.jsonl", "checkpoint",
+        "accuracy.png", "answers-after.jsonl", "answers-before.jsonl", "answers-before-2-shots.jsonl",
+        "answers-commonest-answer.jsonl", "checkpoint",
         "config.yaml", "loss.png", "metrics.jsonl",
     }  # fmt: skip
     for plot in ("accuracy.png", "loss.png"):
@@ -62,9 +63,9 @@ def test_the_loss_fell(finished):
 def test_before_and_after_are_logged_and_shown(finished):
     run, text = finished
     evaluations = [row for row in rows(run / "metrics.jsonl") if row["event"] == "evaluation"]
-    assert [row["when"] for row in evaluations] == ["before", "before-2-shot", "after"]
+    assert [row["when"] for row in evaluations] == ["commonest answer", "before", "before, 2 shots", "after"]
     for row in evaluations:
-        answers = rows(run / f"answers-{row['when']}.jsonl")
+        answers = rows(run / f"answers-{row['when'].replace(', ', '-').replace(' ', '-')}.jsonl")
         assert row["of"] == len(answers) == 8
         assert row["right"] == sum(answer["score"] == 1 for answer in answers)
         assert f"{row['when']}: {row['right']} of 8 right" in text
