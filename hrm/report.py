@@ -26,6 +26,7 @@ def print_start(
         f"and adapters ({sizes['lora_low'] + sizes['lora_high']:.1f} M)\n"
         f"{training} problems to train on, {held_out} others held out\nRun folder: {folder}",
         markup=False,
+        soft_wrap=True,  # paths stay in one piece
     )
 
 
