@@ -5,8 +5,8 @@ import os
 
 import pytest
 import torch
-from conftest import ACT, CORE, VOCABULARY
 from safetensors.torch import load_file, save_file
+from small_models import ACT, CORE, VOCABULARY
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hrm import HRMGemmaForCausalLM

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import ACT, VOCABULARY
+from small_models import ACT, VOCABULARY
 from transformers import DynamicCache
 
 from hrm.modeling import HRMCache

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import CORE, backbone_config
+from small_models import CORE, backbone_config
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 

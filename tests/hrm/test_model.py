@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ACT, CORE, VOCABULARY, backbone_config, seem_trained
+from small_models import ACT, CORE, VOCABULARY, backbone_config, seem_trained
 from transformers import AutoModelForCausalLM
 
 from hrm import HRMConfig, HRMGemma3N, HRMGemmaConfig, HRMGemmaForCausalLM
