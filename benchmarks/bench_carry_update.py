@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import DEVICE, DTYPE, TOKENS, VARIANTS, WIDTH, Case, count
+from measurement import DEVICE, DTYPE, TOKENS, VARIANTS, WIDTH, Case, count
 from parity import assert_as_exact_as_eager, carry_tensors
 
 from hrm_kernels import carry_update, carry_update_reference

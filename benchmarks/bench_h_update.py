@@ -1,8 +1,8 @@
 """The H update: one step of the slow state, forward and with its backward."""
 
 import pytest
-from conftest import DEVICE, DTYPE, HEAD_SIZE, TOKENS, VARIANTS, Case, count
-from conftest import WIDTH as FAST_WIDTH
+from measurement import DEVICE, DTYPE, HEAD_SIZE, TOKENS, VARIANTS, Case, count
+from measurement import WIDTH as FAST_WIDTH
 from parity import assert_parity, h_tensors
 
 from hrm_kernels import h_update

@@ -1,7 +1,7 @@
 """The L recurrence: T steps of the fast state, forward, and with the backward of 1 or of all T steps."""
 
 import pytest
-from conftest import DEVICE, DTYPE, HEAD_SIZE, TOKENS, VARIANTS, WIDTH, Case, count
+from measurement import DEVICE, DTYPE, HEAD_SIZE, TOKENS, VARIANTS, WIDTH, Case, count
 from parity import assert_parity, l_tensors
 
 from hrm_kernels import l_recurrence

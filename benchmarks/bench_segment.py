@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import DEVICE, DTYPE, ON_GPU, VARIANTS, WIDTH, Case, count, peak_bytes
+from measurement import DEVICE, DTYPE, ON_GPU, VARIANTS, WIDTH, Case, count, peak_bytes
 from parity import assert_as_exact_as_eager
 
 from hrm import HRMConfig, HRMCore
