@@ -15,10 +15,11 @@ from hrm_kernels._backend import interpreting
 try:
     import triton
     import triton.language as tl
+    from triton.language.extra import libdevice
 
     jit = triton.jit
 except ImportError:  # the reference runs without Triton; `choose` never picks the kernels then
-    triton = tl = None  # type: ignore[assignment]
+    triton = tl = libdevice = None  # type: ignore[assignment]
 
     def jit(function=None, **_options):  # type: ignore[misc]
         return function if function is not None else jit
@@ -27,21 +28,62 @@ except ImportError:  # the reference runs without Triton; `choose` never picks t
 # ---------------------------------------------------------------------------------------------------- device functions
 
 
-@jit
-def sigmoid(x, FAST: tl.constexpr):
-    # one special-function operation instead of two; its error, below 2^-11, is a quarter of bfloat16's rounding
-    if FAST:
-        half_tanh = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=r,r", [x * 0.5], tl.float32, True, 1)
-        return 0.5 + 0.5 * half_tanh
-    return tl.sigmoid(x)
+# MATH, a compile-time constant of every tiled kernel (`_math`):
+#   "plain"   what Triton makes of tl.exp and a division
+#   "exact"   correctly rounded division and libdevice's exp, for float32
+#   "fast"    one special-function operation instead of two; its error, below 2^-11, is a quarter of bfloat16's rounding
+#   "packed"  "fast", and silu(g) * u on two bfloat16 at a time (sm_90), as exact as eager's own bfloat16 operations
 
 
 @jit
-def widen(x, beside, HOLD: tl.constexpr):
-    """bfloat16 as float32. HOLD ties the conversion to `beside`, a tile of the same shape and type that changes with every
-    step: the compiler then neither hoists it out of the loop, so x stays packed, two elements a register, nor leaves x
-    in another layout than the product's accumulator."""
-    if HOLD:
+def sigmoid(x, MATH: tl.constexpr):
+    if MATH == "exact":
+        return tl.div_rn(tl.full(x.shape, 1.0, tl.float32), 1.0 + libdevice.exp(-x))
+    if MATH == "plain":
+        return tl.sigmoid(x)
+    half_tanh = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=r,r", [x * 0.5], tl.float32, True, 1)
+    return 0.5 + 0.5 * half_tanh
+
+
+@jit
+def halve_for_silu(x, MATH: tl.constexpr):
+    """x / 2 (exact) where `silu_times` takes half its gate: the weights and the context of the gate, once a tile."""
+    if MATH == "fast" or MATH == "packed":  # noqa: PLR1714 (Triton compiles no `in`)
+        return (x.to(tl.float32) * 0.5).to(x.dtype)
+    return x
+
+
+@jit
+def silu_times(g, u, dtype: tl.constexpr, MATH: tl.constexpr):
+    """silu(g) * u in `dtype`, from float32; g comes halved where `halve_for_silu` halves."""
+    if MATH == "packed":
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 g, u, t;
+            cvt.rn.bf16x2.f32 g, $2, $1;
+            cvt.rn.bf16x2.f32 u, $4, $3;
+            tanh.approx.bf16x2 t, g;
+            fma.rn.bf16x2 t, g, t, g;
+            mul.rn.bf16x2 $0, t, u;
+            }""",
+            "=r,r,r,r,r",
+            [g, u],
+            tl.bfloat16,
+            True,
+            2,
+        )
+    if MATH == "fast":
+        tanh = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=r,r", [g], tl.float32, True, 1)
+        return ((g * tanh + g) * u).to(dtype)
+    return (g * sigmoid(g, MATH) * u).to(dtype)
+
+
+@jit
+def widen(x, beside, MATH: tl.constexpr):
+    """x as float32. Where x is bfloat16 and compiled, the conversion is tied to `beside`, a tile of the same shape and
+    type that changes with every step: the compiler then neither hoists it out of the loop, so x stays packed, two
+    elements a register, nor leaves x in another layout than the product's accumulator."""
+    if MATH == "fast" or MATH == "packed":  # noqa: PLR1714
         return tl.inline_asm_elementwise(
             "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r,r", [x, beside], tl.float32, True, 2
         )
@@ -49,17 +91,12 @@ def widen(x, beside, HOLD: tl.constexpr):
 
 
 @jit
-def silu(x, FAST: tl.constexpr):
-    if FAST:
-        half = x * 0.5
-        return half * tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=r,r", [half], tl.float32, True, 1) + half
-    return x * tl.sigmoid(x)
-
-
-@jit
-def rms_scale(y, eps, D: tl.constexpr):
+def rms_scale(y, eps, D: tl.constexpr, MATH: tl.constexpr):
     """1 / sqrt(mean(y^2) + eps) of every row of y (BLOCK_N, BLOCK_D); columns past D are zero."""
-    return tl.rsqrt(tl.sum(y * y, 1) * (1.0 / D) + eps)[:, None]
+    mean = tl.sum(y * y, 1) * (1.0 / D) + eps
+    if MATH == "exact":
+        return tl.div_rn(tl.full(mean.shape, 1.0, tl.float32), tl.sqrt_rn(mean))[:, None]
+    return tl.rsqrt(mean)[:, None]
 
 
 @jit
@@ -100,25 +137,25 @@ class Config:
 TABLE: dict[str, dict[tuple[int, str], Config]] = {
     "l_forward": {
         (2, "few"): Config(16, 4, 4),
-        (2, "many"): Config(64, 4, 4),
-        (4, "few"): Config(16, 4, 2),
-        (4, "many"): Config(16, 4, 2),
+        (2, "many"): Config(64, 4, 3),
+        (4, "few"): Config(16, 8, 2),
+        (4, "many"): Config(16, 8, 2),
     },
     "l_backward": {
-        (2, "few"): Config(16, 4, 1),
-        (2, "many"): Config(64, 8, 1),
+        (2, "few"): Config(16, 4, 2),
+        (2, "many"): Config(32, 4, 2),
         (4, "few"): Config(16, 8, 1),
         (4, "many"): Config(16, 8, 1),
     },
     "h_forward": {
         (2, "few"): Config(16, 4, 4),
-        (2, "many"): Config(64, 4, 4),
-        (4, "few"): Config(16, 4, 2),
-        (4, "many"): Config(16, 4, 2),
+        (2, "many"): Config(64, 4, 3),
+        (4, "few"): Config(16, 8, 2),
+        (4, "many"): Config(16, 8, 2),
     },
     "h_backward": {
-        (2, "few"): Config(16, 4, 1),
-        (2, "many"): Config(64, 8, 1),
+        (2, "few"): Config(16, 4, 2),
+        (2, "many"): Config(32, 4, 2),
         (4, "few"): Config(16, 8, 1),
         (4, "many"): Config(16, 8, 1),
     },
@@ -167,21 +204,36 @@ def plan(kernel: str, n: int, heads: int, head_size: int, like: Tensor) -> Launc
     config = _overrides.get(kernel) or (many if enough else table[like.element_size(), "few"])
     tiles = triton.cdiv(n, config.rows)
     programs = max(1, min(tiles, units * config.programs // heads))
-    return Launch((heads, programs), kernel_options(config, head_size, like.dtype))
+    return Launch((heads, programs), kernel_options(config, head_size, like.dtype, _capability(like.device)))
 
 
 @cache
-def kernel_options(config: Config, head_size: int, dtype: torch.dtype) -> dict[str, object]:
+def kernel_options(
+    config: Config, head_size: int, dtype: torch.dtype, capability: tuple[int, int]
+) -> dict[str, object]:
     """The compile-time constants and launch options that every tiled kernel takes."""
     return {
         "D": head_size,
         "BLOCK_D": max(16, triton.next_power_of_2(head_size)),
         "BLOCK_N": config.rows,
         "PRECISION": _precision(dtype),
-        "FAST": dtype == torch.bfloat16 and not interpreting(),
+        "MATH": _math(dtype, capability),
         "num_warps": config.warps,
         "num_stages": 1,
     }
+
+
+def _math(dtype: torch.dtype, capability: tuple[int, int]) -> str:
+    if interpreting() or dtype == torch.float16:
+        return "plain"
+    if dtype == torch.float32:
+        return "exact"
+    return "packed" if capability >= (9, 0) else "fast"
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
 def _precision(dtype: torch.dtype) -> str:

@@ -41,7 +41,7 @@ _TILED = {
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel as it can be launched: its name, element type, compile-time constants and warps."""
+    """One kernel as it can be launched: its name, element type, what its compile-time constants come from, warps."""
 
     name: str
     dtype: torch.dtype
@@ -50,7 +50,17 @@ class Case:
 
     @property
     def rows(self) -> int | None:
-        return dict(self.constants).get("BLOCK_N")  # type: ignore[return-value]
+        config = dict(self.constants).get("config")
+        return config.rows if isinstance(config, Config) else None
+
+    def constants_on(self, architecture: int) -> dict:
+        """The compile-time constants for `architecture`: the mathematics of a tiled kernel depend on it."""
+        constants = dict(self.constants)
+        if "config" not in constants:
+            return constants
+        capability = divmod(architecture, 10)
+        options = kernel_options(constants.pop("config"), constants.pop("head_size"), self.dtype, capability)
+        return constants | {key: value for key, value in options.items() if key.isupper()}
 
 
 @dataclass(frozen=True)
@@ -70,11 +80,8 @@ class Report:
 
 def tiled_case(kernel: str, tokens: str, config: Config, dtype: torch.dtype, head_size: int, flags: dict) -> Case:
     """A kernel of the launch table with one configuration; `tokens` ("few" or "many") only names it."""
-    options = dict(kernel_options(config, head_size, dtype))
-    warps = options.pop("num_warps")
-    options.pop("num_stages")
     name = " ".join((kernel, tokens, *(flag.lower() for flag, on in flags.items() if on)))
-    return Case(name, dtype, tuple((options | flags).items()), warps)  # type: ignore[arg-type]
+    return Case(name, dtype, (("config", config), ("head_size", head_size), *flags.items()), config.warps)
 
 
 def cases(head_sizes: Iterable[int] = (64,), dtypes: Iterable[torch.dtype] = tuple(NAMES)) -> Iterator[Case]:
@@ -100,7 +107,7 @@ def compile_case(case: Case, architecture: int) -> Report:
     """Compiles `case` for compute capability `architecture` (such as 86); needs Triton but no GPU."""
     from triton.backends.compiler import GPUTarget
 
-    function, constants = _function(case), dict(case.constants)
+    function, constants = _function(case), case.constants_on(architecture)
     signature, attributes = {}, {}
     for index, name in enumerate(function.arg_names):
         if name in constants:
@@ -109,7 +116,7 @@ def compile_case(case: Case, architecture: int) -> Report:
             signature[name] = "*" + _pointee(name, case.dtype)
         else:
             signature[name] = "fp32" if name == "eps" else "i32"
-        if name.endswith(("_ptr", "_stride")):
+        if name.endswith(("_ptr", "_stride")) or name in ("size", "width", "chunk"):
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = triton.compiler.ASTSource(function, signature, constants, attributes)
     options = {"num_warps": case.warps, "num_stages": 1}

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from hrm_kernels._backend import choose
 from hrm_kernels._checks import autocast, check_eps, check_shape, check_tensors, fail, shape
@@ -46,7 +47,7 @@ def h_update_reference(
 def _h_forward_kernel(
     z_ptr, inputs_ptr, w_ptr, out_ptr,
     n, z_stride, inputs_stride, eps,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, MATH: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
     third = tl.num_programs(0) * D  # where q begins; r begins at twice that
@@ -65,8 +66,8 @@ def _h_forward_kernel(
         q = tl.dot(a, w_q, q.to(tl.float32), input_precision=PRECISION)
         r = tl.dot(a, w_r, r.to(tl.float32), input_precision=PRECISION)
         wide = a.to(tl.float32)
-        v = wide + sigmoid(r, FAST) * (p * sigmoid(p, FAST) * q - wide)
-        v = v * rms_scale(v, eps, D)
+        v = wide + sigmoid(r, MATH) * (p * sigmoid(p, MATH) * q - wide)
+        v = v * rms_scale(v, eps, D, MATH)
         offsets, mask = tile_offsets(tile, n, third, head * D, BLOCK_N, BLOCK_D, D)
         tl.store(out_ptr + offsets, v.to(a.dtype), mask=mask)
 
@@ -75,7 +76,7 @@ def _h_forward_kernel(
 def _h_backward_kernel(
     grad_ptr, z_ptr, inputs_ptr, w_ptr, grad_z_ptr, grad_inputs_ptr, grad_w_ptr,
     n, grad_stride, z_stride, inputs_stride, eps,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, MATH: tl.constexpr,
 ):  # fmt: skip
     """Recomputes the update and walks it back; weight gradients stay on chip until the end."""
     head = tl.program_id(0)
@@ -101,22 +102,28 @@ def _h_backward_kernel(
         q = tl.dot(a, w_q, q.to(tl.float32), input_precision=PRECISION)
         r = tl.dot(a, w_r, r.to(tl.float32), input_precision=PRECISION)
         wide = a.to(tl.float32)
-        s = sigmoid(p, FAST)
-        gate = sigmoid(r, FAST)
-        move = p * s * q - wide
+        s = sigmoid(p, MATH)
+        silu = p * s
+        gate = sigmoid(r, MATH)
+        move = silu * q - wide
         v = wide + gate * move
-        scale = rms_scale(v, eps, D)
+        # what the gradients of p, q and r need of them, in half the registers
+        slope_p = (gate * q * (s + silu * (1.0 - s))).to(dtype)
+        slope_q = (gate * silu).to(dtype)
+        slope_r = (move * gate * (1.0 - gate)).to(dtype)
+        keep = (1.0 - gate).to(dtype)
+        scale = rms_scale(v, eps, D, MATH)
         v = v * scale
         grad = scale * (grad - v * (tl.sum(grad * v, 1) * (1.0 / D))[:, None])  # of v
-        grad_r = (grad * move * gate * (1.0 - gate)).to(dtype)
-        candidate = grad * gate
-        grad_q = (candidate * p * s).to(dtype)
-        grad_p = (candidate * q * s * (1.0 + p * (1.0 - s))).to(dtype)
+        grad_p = (grad * slope_p.to(tl.float32)).to(dtype)
+        grad_q = (grad * slope_q.to(tl.float32)).to(dtype)
+        grad_r = (grad * slope_r.to(tl.float32)).to(dtype)
+        grad_a = grad * keep.to(tl.float32)
         offsets, mask = tile_offsets(tile, n, 3 * third, head * D, BLOCK_N, BLOCK_D, D)
         tl.store(grad_inputs_ptr + offsets, grad_p, mask=mask)
         tl.store(grad_inputs_ptr + third + offsets, grad_q, mask=mask)
         tl.store(grad_inputs_ptr + 2 * third + offsets, grad_r, mask=mask)
-        grad_a = tl.dot(grad_p, tl.trans(w_p), grad - candidate, input_precision=PRECISION)
+        grad_a = tl.dot(grad_p, tl.trans(w_p), grad_a, input_precision=PRECISION)
         grad_w_p = tl.dot(tl.trans(a), grad_p, grad_w_p, input_precision=PRECISION)
         grad_a = tl.dot(grad_q, tl.trans(w_q), grad_a, input_precision=PRECISION)
         grad_w_q = tl.dot(tl.trans(a), grad_q, grad_w_q, input_precision=PRECISION)
@@ -133,8 +140,7 @@ def _h_backward_kernel(
 # ---------------------------------------------------------------------------------------------------- autograd
 
 
-@torch.library.custom_op("hrm::h_update", mutates_args=())
-def _h_forward(z: Tensor, inputs: Tensor, w: Tensor, eps: float) -> Tensor:
+def _launch_forward(z: Tensor, inputs: Tensor, w: Tensor, eps: float) -> Tensor:
     _, heads, size, _ = w.shape
     rows, thirds = rows_of(z), rows_of(inputs)
     out = torch.empty(z.shape, dtype=z.dtype, device=z.device)
@@ -147,13 +153,15 @@ def _h_forward(z: Tensor, inputs: Tensor, w: Tensor, eps: float) -> Tensor:
     return out
 
 
+_h_forward = torch.library.custom_op("hrm::h_update", _launch_forward, mutates_args=())
+
+
 @_h_forward.register_fake
 def _(z, inputs, w, eps):
     return z.new_empty(z.shape)
 
 
-@torch.library.custom_op("hrm::h_update_backward", mutates_args=())
-def _h_backward(grad: Tensor, z: Tensor, inputs: Tensor, w: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _launch_backward(grad: Tensor, z: Tensor, inputs: Tensor, w: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     _, heads, size, _ = w.shape
     grads, rows, thirds = rows_of(grad), rows_of(z), rows_of(inputs)
     n = rows.shape[0]
@@ -171,6 +179,9 @@ def _h_backward(grad: Tensor, z: Tensor, inputs: Tensor, w: Tensor, eps: float) 
     return grad_z, grad_inputs, partial.sum(0).to(w.dtype)
 
 
+_h_backward = torch.library.custom_op("hrm::h_update_backward", _launch_backward, mutates_args=())
+
+
 @_h_backward.register_fake
 def _(grad, z, inputs, w, eps):
     return z.new_empty(z.shape), z.new_empty(inputs.shape), w.new_empty(w.shape)
@@ -181,12 +192,25 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs[:3])
 
 
-def _autograd_backward(ctx, grad):
-    gradients = _h_backward(grad, *ctx.saved_tensors, ctx.eps)
+def _gradients(launch, ctx, grad):
+    """Gradients of the arguments of `_launch_forward`; `launch` is `_launch_backward` or the operation made of it."""
+    gradients = launch(grad, *ctx.saved_tensors, ctx.eps)
     return *(g if need else None for g, need in zip(gradients, ctx.needs_input_grad[:3], strict=True)), None
 
 
-_h_forward.register_autograd(_autograd_backward, setup_context=_setup_context)
+_h_forward.register_autograd(lambda ctx, grad: _gradients(_h_backward, ctx, grad), setup_context=_setup_context)
+
+
+class _HUpdate(torch.autograd.Function):
+    """What eager calls use: an operation of torch.library, which torch.compile needs, costs them 0.1 ms a call."""
+
+    forward = staticmethod(_launch_forward)
+    setup_context = staticmethod(_setup_context)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return _gradients(_launch_backward, ctx, grad)
 
 
 # ---------------------------------------------------------------------------------------------------- public function
@@ -216,7 +240,9 @@ def h_update(z: Tensor, inputs: Tensor, w: Tensor, *, eps: float = 1e-6, backend
     if choose("h_update", backend, z.device, w.shape[-1], z.dtype) == "reference":
         with torch.autocast(z.device.type, enabled=False):
             return h_update_reference(z, inputs, w, eps=eps)
-    return _h_forward(z, inputs, w, eps)
+    graph = torch.is_grad_enabled() and any(t.requires_grad for t in (z, inputs, w))
+    run = _h_forward if torch.compiler.is_compiling() else _HUpdate.apply if graph else _launch_forward
+    return run(z, inputs, w, eps)
 
 
 def _check(z: Tensor, inputs: Tensor, w: Tensor, eps: float) -> None:

@@ -12,10 +12,23 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from hrm_kernels._backend import choose
 from hrm_kernels._checks import autocast, check_eps, check_shape, check_tensors, fail, shape
-from hrm_kernels._triton import jit, plan, rms_scale, rows_of, sigmoid, silu, tile_offsets, tl, weight_offsets, widen
+from hrm_kernels._triton import (
+    halve_for_silu,
+    jit,
+    plan,
+    rms_scale,
+    rows_of,
+    sigmoid,
+    silu_times,
+    tile_offsets,
+    tl,
+    weight_offsets,
+    widen,
+)
 
 # ---------------------------------------------------------------------------------------------------- reference
 
@@ -64,14 +77,16 @@ def l_recurrence_reference(
 
 
 @jit
-def _step(z, gate_context, up_context, w_gate, w_up, w_down, eps, D: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr):
-    """One step on a tile held in registers: z (BLOCK_N, BLOCK_D) float32, the rest in the dtype of the call."""
+def _step(z, gate_context, up_context, w_gate, w_up, w_down, eps, D: tl.constexpr, PRECISION: tl.constexpr, MATH: tl.constexpr):
+    """One step on a tile held in registers: z (BLOCK_N, BLOCK_D) float32, the rest in the dtype of the call; the gate's
+    weights and context come as `halve_for_silu` gives them."""
     low = z.to(w_gate.dtype)
-    g = tl.dot(low, w_gate, widen(gate_context, low, FAST), input_precision=PRECISION)
-    u = tl.dot(low, w_up, widen(up_context, low, FAST), input_precision=PRECISION)
-    hidden = (silu(g, FAST) * u).to(w_gate.dtype)
-    y = tl.dot(hidden, w_down, z, input_precision=PRECISION)
-    return y * rms_scale(y, eps, D)
+    g = tl.dot(low, w_gate, widen(gate_context, low, MATH), input_precision=PRECISION)
+    u = tl.dot(low, w_up, widen(up_context, low, MATH), input_precision=PRECISION)
+    hidden = silu_times(g, u, w_gate.dtype, MATH)
+    # z is added after the product: as its accumulator, a loop-carried value, it would make ptxas serialize every wgmma
+    y = tl.fma(z, 1.0, tl.dot(hidden, w_down, input_precision=PRECISION))
+    return y * rms_scale(y, eps, D, MATH)
 
 
 @jit(do_not_specialize=["n", "steps", "save_at"])
@@ -79,29 +94,29 @@ def _l_forward_kernel(
     z_ptr, context_ptr, w_gate_ptr, w_up_ptr, w_down_ptr, out_ptr, saved_ptr,
     n, z_stride, context_stride, out_stride, steps, save_at, eps,
     SAVE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr, FAST: tl.constexpr,
+    PRECISION: tl.constexpr, MATH: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
     half = tl.num_programs(0) * D  # where the up half of the context begins
     block, inside = weight_offsets(head, BLOCK_D, D)
-    w_gate = tl.load(w_gate_ptr + block, mask=inside, other=0.0)
+    w_gate = halve_for_silu(tl.load(w_gate_ptr + block, mask=inside, other=0.0), MATH)
     w_up = tl.load(w_up_ptr + block, mask=inside, other=0.0)
     w_down = tl.load(w_down_ptr + block, mask=inside, other=0.0)
     for tile in range(tl.program_id(1), tl.cdiv(n, BLOCK_N), tl.num_programs(1)):
         offsets, mask = tile_offsets(tile, n, z_stride, head * D, BLOCK_N, BLOCK_D, D)
         z = tl.load(z_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         offsets, mask = tile_offsets(tile, n, context_stride, head * D, BLOCK_N, BLOCK_D, D)
-        gate_context = tl.load(context_ptr + offsets, mask=mask, other=0.0)
+        gate_context = halve_for_silu(tl.load(context_ptr + offsets, mask=mask, other=0.0), MATH)
         up_context = tl.load(context_ptr + half + offsets, mask=mask, other=0.0)
         out_offsets, mask = tile_offsets(tile, n, out_stride, head * D, BLOCK_N, BLOCK_D, D)
         if SAVE:
             for _ in range(save_at):
-                z = _step(z, gate_context, up_context, w_gate, w_up, w_down, eps, D, PRECISION, FAST)
+                z = _step(z, gate_context, up_context, w_gate, w_up, w_down, eps, D, PRECISION, MATH)
             low = z.to(w_gate.dtype)
             tl.store(saved_ptr + out_offsets, low, mask=mask)
             z = low.to(tl.float32)  # the backward starts from the saved value, so the forward does too
         for _ in range(save_at if SAVE else 0, steps):
-            z = _step(z, gate_context, up_context, w_gate, w_up, w_down, eps, D, PRECISION, FAST)
+            z = _step(z, gate_context, up_context, w_gate, w_up, w_down, eps, D, PRECISION, MATH)
         tl.store(out_ptr + out_offsets, z.to(w_gate.dtype), mask=mask)
 
 
@@ -111,7 +126,7 @@ def _l_backward_kernel(
     grad_z_ptr, grad_context_ptr, grad_w_ptr, scratch_ptr,
     n, grad_stride, z_stride, context_stride, scratch_stride, grad_steps, eps,
     MANY: tl.constexpr, GRAD_Z: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr, FAST: tl.constexpr,
+    PRECISION: tl.constexpr, MATH: tl.constexpr,
 ):  # fmt: skip
     """Recomputes the steps that carry gradient and walks them back; weight gradients stay on chip until the end.
 
@@ -139,19 +154,19 @@ def _l_backward_kernel(
         if MANY:
             tl.debug_barrier()  # the last tile's reads of the scratch come before this tile's writes
             z = tl.load(state, mask=mask, other=0.0).to(tl.float32)
-            gate_context = tl.load(context, mask=mask, other=0.0)
+            gate_context = halve_for_silu(tl.load(context, mask=mask, other=0.0), MATH)
             up_context = tl.load(context + half, mask=mask, other=0.0)
+            half_w_gate = halve_for_silu(w_gate, MATH)
             for step in range(grad_steps - 1):
                 tl.store(scratch + step * BLOCK_N * BLOCK_D, z.to(dtype))
-                z = _step(z, gate_context, up_context, w_gate, w_up, w_down, eps, D, PRECISION, FAST)
+                z = _step(z, gate_context, up_context, half_w_gate, w_up, w_down, eps, D, PRECISION, MATH)
             tl.store(scratch + (grad_steps - 1) * BLOCK_N * BLOCK_D, z.to(dtype))
             tl.debug_barrier()  # other threads of this program may read what a thread wrote
         offsets, mask = tile_offsets(tile, n, grad_stride, head * D, BLOCK_N, BLOCK_D, D)
         grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        # a loop of run-time length even for one step: unrolled, the compiler hoists the weights into registers, and spills
         grad_gate = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         grad_up = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-        for back in range(grad_steps):
+        for back in range(grad_steps if MANY else 1):
             # loaded where they are used: registers are what this loop is short of, and L1 holds the context
             if MANY:
                 low = tl.load(scratch + (grad_steps - 1 - back) * BLOCK_N * BLOCK_D)
@@ -161,20 +176,24 @@ def _l_backward_kernel(
             up_context = tl.load(context + half, mask=mask, other=0.0)
             g = tl.dot(low, w_gate, gate_context.to(tl.float32), input_precision=PRECISION)
             u = tl.dot(low, w_up, up_context.to(tl.float32), input_precision=PRECISION)
-            s = sigmoid(g, FAST)
-            hidden = (g * s * u).to(dtype)
+            s = sigmoid(g, MATH)
+            silu = g * s
+            hidden = (silu * u).to(dtype)
+            # what the gradients of g and u need of g and u, in half the registers
+            slope_g = (u * (s + silu * (1.0 - s))).to(dtype)
+            slope_u = silu.to(dtype)
             y = tl.dot(hidden, w_down, low.to(tl.float32), input_precision=PRECISION)
-            scale = rms_scale(y, eps, D)
+            scale = rms_scale(y, eps, D, MATH)
             y = y * scale
             grad_y = scale * (grad - y * (tl.sum(grad * y, 1) * (1.0 / D))[:, None])
             low_grad_y = grad_y.to(dtype)
             grad_w_down = tl.dot(tl.trans(hidden), low_grad_y, grad_w_down, input_precision=PRECISION)
             grad_hidden = tl.dot(low_grad_y, tl.trans(w_down), input_precision=PRECISION)
-            grad_g = grad_hidden * u * s * (1.0 + g * (1.0 - s))
+            grad_g = grad_hidden * slope_g.to(tl.float32)
             grad_gate += grad_g
             low_g = grad_g.to(dtype)
             grad_w_gate = tl.dot(tl.trans(low), low_g, grad_w_gate, input_precision=PRECISION)
-            grad_u = grad_hidden * g * s
+            grad_u = grad_hidden * slope_u.to(tl.float32)
             grad_up += grad_u
             low_u = grad_u.to(dtype)
             grad_w_up = tl.dot(tl.trans(low), low_u, grad_w_up, input_precision=PRECISION)
@@ -196,8 +215,7 @@ def _l_backward_kernel(
 # ---------------------------------------------------------------------------------------------------- autograd
 
 
-@torch.library.custom_op("hrm::l_recurrence", mutates_args=())
-def _l_forward(
+def _launch_forward(
     z: Tensor, context: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor,
     steps: int, grad_steps: int, eps: float, save: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -216,13 +234,15 @@ def _l_forward(
     return out, saved
 
 
+_l_forward = torch.library.custom_op("hrm::l_recurrence", _launch_forward, mutates_args=())
+
+
 @_l_forward.register_fake
 def _(z, context, w_gate, w_up, w_down, steps, grad_steps, eps, save):
     return z.new_empty(z.shape), z.new_empty(z.shape if save else (0,))
 
 
-@torch.library.custom_op("hrm::l_recurrence_backward", mutates_args=())
-def _l_backward(
+def _launch_backward(
     grad: Tensor, z: Tensor, context: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor,
     grad_steps: int, eps: float, grad_z: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -250,6 +270,9 @@ def _l_backward(
     return out_z, out_context, partial.sum(0).to(w_gate.dtype)
 
 
+_l_backward = torch.library.custom_op("hrm::l_recurrence_backward", _launch_backward, mutates_args=())
+
+
 @_l_backward.register_fake
 def _(grad, z, context, w_gate, w_up, w_down, grad_steps, eps, grad_z):
     return z.new_empty(z.shape if grad_z else (0,)), z.new_empty(context.shape), w_gate.new_empty((3, *w_gate.shape))
@@ -262,20 +285,33 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(output[1] if save else z, context, w_gate, w_up, w_down)
 
 
-def _autograd_backward(ctx, grad, _grad_saved):
+def _gradients(launch, ctx, grad):
+    """Gradients of the arguments of `_launch_forward`; `launch` is `_launch_backward` or the operation made of it."""
     if grad is None:
         return (None,) * 9
     needs = ctx.needs_input_grad
-    grad_z, grad_context, grad_w = _l_backward(grad, *ctx.saved_tensors, ctx.grad_steps, ctx.eps, ctx.whole and needs[0])
-    weights = (grad_w[i] if needs[2 + i] else None for i in range(3))
+    grad_z, grad_context, grad_w = launch(grad, *ctx.saved_tensors, ctx.grad_steps, ctx.eps, ctx.whole and needs[0])
     return (
         grad_z if ctx.whole and needs[0] else None,
         grad_context if needs[1] else None,
-        *weights, None, None, None, None,
+        *(grad_w[i] if needs[2 + i] else None for i in range(3)),
+        None, None, None, None,
     )  # fmt: skip
 
 
-_l_forward.register_autograd(_autograd_backward, setup_context=_setup_context)
+_l_forward.register_autograd(lambda ctx, grad, _: _gradients(_l_backward, ctx, grad), setup_context=_setup_context)
+
+
+class _LRecurrence(torch.autograd.Function):
+    """What eager calls use: an operation of torch.library, which torch.compile needs, costs them 0.1 ms a call."""
+
+    forward = staticmethod(_launch_forward)
+    setup_context = staticmethod(_setup_context)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, _grad_saved):
+        return _gradients(_launch_backward, ctx, grad)
 
 
 # ---------------------------------------------------------------------------------------------------- public function
@@ -322,8 +358,9 @@ def l_recurrence(
                 z, context, w_gate, w_up, w_down, steps=steps, grad_steps=grad_steps, eps=eps
             )
     tensors = (z, context, w_gate, w_up, w_down)
-    save = grad_steps < steps and torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    return _l_forward(*tensors, steps, grad_steps, eps, save)[0]
+    graph = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    run = _l_forward if torch.compiler.is_compiling() else _LRecurrence.apply if graph else _launch_forward
+    return run(*tensors, steps, grad_steps, eps, graph and grad_steps < steps)[0]
 
 
 def _check(z, context, w_gate, w_up, w_down, steps: int, grad_steps: int, eps: float) -> None:
