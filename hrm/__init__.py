@@ -5,6 +5,15 @@
 
 from hrm.config import HRMConfig
 from hrm.core import HRMCarry, HRMCore
-from hrm.modeling import HRMGemma3N, HRMGemmaConfig, HRMGemmaForCausalLM, HRMOutput
+from hrm.modeling import HRMCache, HRMGemma3N, HRMGemmaConfig, HRMGemmaForCausalLM, HRMOutput
 
-__all__ = ["HRMCarry", "HRMConfig", "HRMCore", "HRMGemma3N", "HRMGemmaConfig", "HRMGemmaForCausalLM", "HRMOutput"]
+__all__ = [
+    "HRMCache",
+    "HRMCarry",
+    "HRMConfig",
+    "HRMCore",
+    "HRMGemma3N",
+    "HRMGemmaConfig",
+    "HRMGemmaForCausalLM",
+    "HRMOutput",
+]

@@ -306,18 +306,18 @@ class HRMCore(nn.Module):
         steps, halted = carry.steps[:, None].expand(real.shape), torch.zeros_like(real)
         out, done, residuals = carry.z_h, [], []
         for index in range(limit):
-            segment = Segment(out, real & ~halted if halting else real)
+            active = real & ~halted if halting else real
             if mixing is not None:
-                mixing.segment, mixing.active = index, segment.active if halting and not self.training else None
+                mixing.segment, mixing.active = index, active if halting and not self.training else None
             old, (z_l, z_h) = (z_l, z_h), self.segment(context, z_l, z_h, weights, mixing)
-            segment.z_h = z_h.view(carry.z_h.shape)
-            out = torch.where(segment.active[..., None], segment.z_h, out) if halting else segment.z_h
+            segment = Segment(z_h.view(carry.z_h.shape), active)
             if self.config.act:
                 segment.q = torch.addmm(weights.b_q, z_h, weights.w_q).float().view(*real.shape, 2)
-                segment.last = steps + 1 >= self.config.max_segments
+                segment.last = (carry.steps + index + 1 >= self.config.max_segments)[:, None].expand(real.shape)
+            out = torch.where(active[..., None], segment.z_h, out) if halting else segment.z_h
+            done.append(segment)
             if halting:
                 halted = self._halted(segment, halted, counted)
-            done.append(segment)
             z_l, z_h = z_l.detach(), z_h.detach()
             if keep_carry:
                 restart = (halted | ~real).all(1, keepdim=True).expand(real.shape) if halting else halted
@@ -357,11 +357,11 @@ class HRMCore(nn.Module):
         new: tuple[Tensor, Tensor],
         weights: Weights,
     ) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
-        """The states and steps to go on with, without graph, and how far each token's two states moved (B, S, 2)."""
+        """The states and steps to go on with, and how far each token's two states moved (B, S, 2)."""
         rows, counts = restart.flatten(), steps.flatten()
 
         def update(before: Tensor, after: Tensor, init: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            return hrm_kernels.carry_update(rows, counts, before, after.detach(), init, backend=self.backend)
+            return hrm_kernels.carry_update(rows, counts, before, after, init, backend=self.backend)
 
         z_l, counts_after, moved_l = update(old[0], new[0], weights.z_l_init)
         z_h, _, moved_h = update(old[1], new[1], weights.z_h_init)

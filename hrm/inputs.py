@@ -30,25 +30,27 @@ def check_inputs(
     """
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("input_ids and inputs_embeds: exactly one of them should be given")
-    if inputs_embeds is not None:
-        _check_embeds(config, inputs_embeds, per_layer_inputs)
-        batch, tokens = inputs_embeds.shape[:2]
-    else:
-        assert input_ids is not None
+    if input_ids is not None:
         _check_rank("input_ids", input_ids)
-        batch, tokens = input_ids.shape
         _check_ids("input_ids", input_ids, config.vocab_size)
+        lead = input_ids
+    else:
+        assert inputs_embeds is not None
+        _check_embeds(config, inputs_embeds, per_layer_inputs)
+        lead = inputs_embeds
+    batch, tokens = lead.shape[:2]
     if batch == 0 or tokens == 0:
         raise ValueError(f"the batch is {batch} rows of {tokens} tokens; it should be at least one of each")
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and past + tokens > longest:
         raise ValueError(f"the sequence is {past + tokens} tokens long; the backbone allows {longest}")
     if attention_mask is not None:
-        _check_shape("attention_mask", attention_mask, (batch, past + tokens), "(batch, past + tokens)")
-    if position_ids is not None and position_ids.shape not in ((batch, tokens), (1, tokens)):
-        _check_shape("position_ids", position_ids, (batch, tokens), "(batch, tokens)")
+        _check_beside(lead, "attention_mask", attention_mask, (batch, past + tokens), "(batch, past + tokens)")
+    if position_ids is not None:
+        rows = 1 if position_ids.shape[0] == 1 else batch  # one row serves all
+        _check_beside(lead, "position_ids", position_ids, (rows, tokens), "(batch, tokens)")
     if labels is not None:
-        _check_shape("labels", labels, (batch, tokens), "(batch, tokens)")
+        _check_beside(lead, "labels", labels, (batch, tokens), "(batch, tokens)")
         _check_ids("labels", labels[labels != IGNORED] if labels.device.type == "cpu" else labels, config.vocab_size)
 
 
@@ -68,11 +70,14 @@ def _check_rank(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name}.shape is {_size(tensor)}; it should be (batch, tokens)")
 
 
-def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], meaning: str) -> None:
+def _check_beside(lead: Tensor, name: str, tensor: Tensor, shape: tuple[int, ...], meaning: str) -> None:
+    """`tensor` is a tensor of `shape` on the device of `lead`, the tokens."""
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name} is a {type(tensor).__name__}; it should be a tensor {meaning}")
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name}.shape is {_size(tensor)}; it should be {shape}, {meaning}")
+    if tensor.device != lead.device:
+        raise ValueError(f"{name}.device is {tensor.device}; it should be {lead.device}, the device of the tokens")
 
 
 def _check_ids(name: str, ids: Tensor, vocabulary: int) -> None:

@@ -61,6 +61,8 @@ def test_unusable_tokens_are_named(model, arguments, message):
         ({"labels": torch.ones(2, 11, dtype=torch.long)}, r"labels.shape is \(2, 11\); it should be \(2, 12\)"),
         ({"labels": torch.full((2, 12), VOCABULARY)}, f"labels holds {VOCABULARY}"),
         ({"labels": torch.full((2, 12), -1)}, "labels holds -1"),
+        ({"attention_mask": torch.ones(2, 12, device="meta")}, "attention_mask.device is meta; it should be cpu"),
+        ({"labels": torch.ones(2, 12, device="meta", dtype=torch.long)}, "labels.device is meta; it should be cpu"),
         ({"segments": 0}, "segments is 0; it should be a whole number, at least 1"),
     ],
 )
