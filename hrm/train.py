@@ -82,7 +82,10 @@ def fine_tune(settings: Any, console: Console) -> Path:
     if settings.eval.shots:
         note(f"before, {settings.eval.shots} shots", judge("before", settings.eval.shots))
     train(model, rows, settings.train, run, console)
-    note("after", judge("after"))
+    try:
+        note("after", judge("after"))
+    except KeyboardInterrupt as stop:
+        raise Interrupted(f"stopped while evaluating; the checkpoint is {run.checkpoint}") from stop
     report.plot_run(run.folder, run.steps, evaluations)
     report.print_outcome(console, evaluations, run.folder)
     return run.folder

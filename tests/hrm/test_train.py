@@ -16,8 +16,9 @@ from tiny_backbone import TINY_CORE, save_tiny_backbone
 
 from hrm import HRMGemmaForCausalLM
 from hrm.cli import main
+from hrm.evaluate import evaluate
 from hrm.settings import TrainingSettings, UsageError, load_settings
-from hrm.train import TrainingError, fine_tune, load_tokenizer, lr_factor, make_optimizer
+from hrm.train import Interrupted, TrainingError, fine_tune, load_tokenizer, lr_factor, make_optimizer
 
 QUIET = Console(quiet=True)
 
@@ -94,6 +95,27 @@ def test_act_is_trained_and_its_depth_logged(settings):
     assert all(1 <= row["segments"] <= 3 for row in metrics(folder) if row["event"] == "step")
 
 
+def test_without_adapters_only_the_core_trains(settings):
+    model = HRMGemmaForCausalLM.from_pretrained(run(settings("lora.enabled=false")) / "checkpoint")
+    assert {name for name, group in model.trainable_parameters().items() if group} == {"core"}
+    assert model.hrm.w_out.abs().max() > 0
+
+
+def test_ctrl_c_during_the_last_evaluation_names_the_checkpoint(settings, monkeypatch):
+    calls = []
+
+    def interrupted_at_second(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return evaluate(*args, **kwargs)
+
+    monkeypatch.setattr("hrm.train.evaluate", interrupted_at_second)
+    with pytest.raises(Interrupted, match="while evaluating; the checkpoint is ") as stopped:
+        run(settings())
+    HRMGemmaForCausalLM.from_pretrained(str(stopped.value).rpartition("checkpoint is ")[2])
+
+
 def test_a_loss_that_is_not_finite_stops_and_names_the_last_good_checkpoint(settings):
     with pytest.raises(TrainingError) as error:
         run(settings("train.core_lr=1e30", "train.warmup=0"))
@@ -104,16 +126,16 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_last_good_checkpoint(sett
 
 
 def test_checkpoints_on_the_way_are_of_steps_that_did_no_harm(settings, monkeypatch):
-    forward = HRMGemmaForCausalLM.forward
+    forward, calls = HRMGemmaForCausalLM.forward, []
 
     def break_at_third(self, *args, **kwargs):
         output = forward(self, *args, **kwargs)
-        if self.training and (calls := calls_of.append(1) or len(calls_of)) == 3:
-            assert calls == 3
+        if self.training:
+            calls.append(1)
+        if len(calls) == 3:
             output.loss = output.loss * float("nan")
         return output
 
-    calls_of: list[int] = []
     monkeypatch.setattr(HRMGemmaForCausalLM, "forward", break_at_third)
     with pytest.raises(TrainingError, match=r"the loss is nan at step 3, .*checkpoint, of step 1") as error:
         run(settings("train.save_every=1", "train.steps=5"))
