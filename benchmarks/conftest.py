@@ -9,7 +9,18 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from measurement import DEVICE, FEW, ON_GPU, Case, build_step, device_seconds, peak_bytes, skip_what_means_nothing
+from measurement import (
+    DEVICE,
+    FEW,
+    ON_GPU,
+    Case,
+    build_step,
+    captured,
+    device_seconds,
+    peak_bytes,
+    replayed,
+    skip_what_means_nothing,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +54,7 @@ def measure(benchmark) -> Callable[[str, Case], None]:
         )
         if ON_GPU:
             benchmark.extra_info["peak_bytes"] = peak_bytes(step)
+            step = captured(step) if replayed(variant, case) else step
             benchmark.extra_info["seconds"] = device_seconds(step, back_to_back=case.tokens <= FEW)
             benchmark.pedantic(lambda: (step(), torch.cuda.synchronize()), rounds=10, warmup_rounds=2)
         else:

@@ -1,4 +1,4 @@
-"""Times launch configurations of every kernel on this GPU, with parity of each against float64: what the table was chosen by.
+"""Times launch configurations of the tiled kernels on this GPU, each with its parity: what their table was chosen by.
 
 usage: python benchmarks/tune.py [--only l_forward,...] [--output FILE.json]
 
@@ -23,10 +23,11 @@ from hrm_kernels._triton import TABLE, Config, override_config
 
 TOKENS, HEADS_L, HEADS_H, SIZE, STEPS = 4096, 32, 64, 64, 8
 CONFIGS = {
-    "l_forward": [(64, 4, 2), (64, 4, 4), (64, 4, 32), (128, 8, 1), (128, 8, 32)],
-    "l_backward": [(32, 4, 1), (32, 4, 3), (64, 4, 1), (64, 4, 2), (128, 8, 1), (16, 4, 2)],
-    "h_forward": [(64, 4, 2), (64, 4, 32), (32, 4, 4), (32, 4, 32)],
-    "h_backward": [(32, 4, 1), (64, 4, 1), (64, 4, 2), (128, 8, 1), (16, 4, 2)],
+    "l_forward": [(64, 4, 3), (64, 4, 16), (64, 4, 64)],
+    "l_backward_one": [(64, 4, 1), (64, 4, 3), (32, 4, 2), (128, 8, 1), (64, 4, 8)],
+    "l_backward_many": [(32, 4, 2), (32, 8, 1), (128, 8, 2), (128, 8, 8), (64, 4, 2)],
+    "h_forward": [(64, 4, 2), (64, 4, 32), (32, 4, 4)],
+    "h_backward": [(64, 4, 2), (128, 8, 1), (32, 8, 1), (32, 4, 3), (32, 4, 8)],
 }
 
 
@@ -46,10 +47,15 @@ def timed(run: Callable[[], object]) -> tuple[float, float]:
 
 def ceilings() -> dict[str, float]:
     source = torch.empty(2**30, dtype=torch.uint8, device="cuda").random_()
-    copy = 2 * source.numel() / timed(lambda: source.clone())[0] / 1e9
+    target = torch.empty_like(source)
+    copy = 2 * source.nbytes / timed(lambda: target.copy_(source))[0] / 1e9
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     tiny = torch.empty(1, device="cuda")
-    return {"launch ms": timed(lambda: tiny.zero_())[0], "copy TB/s": copy, "matmul TFLOP/s": 2 * 8192**3 / timed(lambda: a @ b)[0] / 1e9}
+    return {
+        "launch ms": timed(lambda: tiny.zero_())[0],
+        "copy TB/s": copy,
+        "matmul TFLOP/s": 2 * 8192**3 / timed(lambda: a @ b)[0] / 1e9,
+    }
 
 
 def l_arguments(n: int) -> list[Tensor]:
@@ -105,13 +111,14 @@ def compare(name: str, kernel: str, fused, reference, arguments, backward: bool,
             ms, call_ms = timed(step_of(function, arguments, used))
             peak = (torch.cuda.max_memory_allocated() - before) / 2**20
         except Exception as problem:  # a configuration that does not fit is a finding, not the end
-            ms, call_ms, peak = float('nan'), float("nan"), float("nan")
+            ms, call_ms, peak = float("nan"), float("nan"), float("nan")
             variant += " " + type(problem).__name__
-        rows.append(dict(case=name, variant=variant, ms=ms, call_ms=call_ms, peak_mib=peak, error=got_error, eager_error=eager_error))
-        print(
-            f"{name:34s} {variant:22s} {ms:8.4f} ms (called {call_ms:7.3f}) {peak:7.0f} MiB  error {got_error:.2e} (eager {eager_error:.2e})",
-            flush=True,
+        rows.append(
+            {"case": name, "variant": variant, "ms": ms, "call_ms": call_ms, "peak_mib": peak}
+            | {"error": got_error, "eager_error": eager_error}
         )
+        times = f"{ms:8.4f} ms (called {call_ms:7.3f}) {peak:7.0f} MiB"
+        print(f"{name:34s} {variant:14s} {times}  error {got_error:.2e} (eager {eager_error:.2e})", flush=True)
 
     record("eager", reference, eager_error)
     record("torch.compile", compiled, float("nan"))
@@ -126,32 +133,9 @@ def compare(name: str, kernel: str, fused, reference, arguments, backward: bool,
             record("table" if config is None else "x".join(map(str, config)), fused, got)
 
 
-def carry(rows: list[dict], copy: float) -> None:
-    for shape in ((4096, 4096), (4, 1024, 4096)):
-        halted = torch.arange(shape[0], device="cuda") % 4 == 0
-        steps = torch.zeros(shape[0], dtype=torch.int32, device="cuda")
-        old, new = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-        init = torch.randn(shape[-1], device="cuda", dtype=torch.bfloat16)
-        none = torch.zeros_like(halted)
-        for name, flags, moved in (("none halted", none, 3 * old.nbytes), ("1/4 halted", halted, 2.5 * old.nbytes)):
-            compiled = torch.compile(lambda *a: k.carry_update_reference(*a))
-            for variant, run in (
-                ("eager", lambda f=flags: k.carry_update_reference(f, steps, old, new, init)),
-                ("torch.compile", lambda f=flags: compiled(f, steps, old, new, init)),
-                ("fused", lambda f=flags: k.carry_update(f, steps, old, new, init)),
-                ("fused in place", lambda f=flags: k.carry_update(f, steps, old, new, init, out=old)),
-            ):
-                ms, call_ms = timed(run)
-                rate = moved / ms / 1e9
-                rows.append(dict(case=f"carry {shape} {name}", variant=variant, ms=ms, tb_s=rate))
-                print(
-                    f"carry {shape!s:18} {name:12s} {variant:15s} {ms:.4f} ms (called {call_ms:.3f}) {rate:.2f} TB/s {rate / copy:.0%} of copy"
-                )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="l_forward,l_backward,h_forward,h_backward,carry,few")
+    parser.add_argument("--only", default="l_forward,l_backward,h_forward,h_backward,few")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     only = options.only.split(",")
@@ -174,23 +158,20 @@ def main() -> None:
     if "l_backward" in only:
         for grad_steps in (1, STEPS):
             name = f"L forward + backward, grad {grad_steps}"
-            compare(name, "l_backward", *l_pair(grad_steps), l_arguments(TOKENS), True, rows)
+            kernel = "l_backward_one" if grad_steps == 1 else "l_backward_many"
+            compare(name, kernel, *l_pair(grad_steps), l_arguments(TOKENS), True, rows)
     if "h_forward" in only:
         compare("H forward", "h_forward", k.h_update, k.h_update_reference, h_arguments(TOKENS), False, rows)
     if "h_backward" in only:
         compare("H forward + backward", "h_backward", k.h_update, k.h_update_reference, h_arguments(TOKENS), True, rows)
-    if "carry" in only:
-        carry(rows, top["copy TB/s"])
     flops = 3 * 2 * TOKENS * HEADS_L * SIZE * SIZE * STEPS
     for row in rows:
         if row["case"] == "L forward":
-            print(
-                row["variant"],
-                f"{flops / row['ms'] / 1e9:.0f} TFLOP/s, {flops / row['ms'] / 1e9 / top['matmul TFLOP/s']:.0%}",
-            )
+            rate = flops / row["ms"] / 1e9
+            print(f"{row['variant']:14s} {rate:.0f} TFLOP/s, {rate / top['matmul TFLOP/s']:.0%} of the matrix peak")
     if options.output:
         device = torch.cuda.get_device_name()
-        record = dict(device=device, torch=torch.__version__, ceilings=top, rows=rows)
+        record = {"device": device, "torch": torch.__version__, "ceilings": top, "rows": rows}
         options.output.write_text(json.dumps(record, indent=1))
 
 

@@ -89,9 +89,7 @@ def choose(
 
 
 @cache  # not on `choose` itself: torch.compile warns of cached functions that it traces
-def _choose(
-    function: str, backend: str, device: torch.device, head_size: int | None, dtype: torch.dtype | None
-) -> str:
+def _choose(function: str, backend: str, device: torch.device, head_size: int | None, dtype: torch.dtype | None) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"{function}: backend is {backend!r}; it should be one of {', '.join(map(repr, BACKENDS))}")
     missing = None if backend == "reference" else _missing(device, head_size, dtype)

@@ -1,4 +1,4 @@
-"""Checks of arguments, shared by the public functions: every message names the argument, what it is, what it should be."""
+"""Checks of arguments, shared by the public functions: a message names the argument, what it is, what it should be."""
 
 from __future__ import annotations
 

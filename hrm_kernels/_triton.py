@@ -48,7 +48,7 @@ def sigmoid(x, MATH: tl.constexpr):
 @jit
 def halve_for_silu(x, MATH: tl.constexpr):
     """x / 2 (exact) where `silu_times` takes half its gate: the weights and the context of the gate, once a tile."""
-    if MATH == "fast" or MATH == "packed":  # noqa: PLR1714 (Triton compiles no `in`)
+    if MATH == "fast" or MATH == "packed":
         return (x.to(tl.float32) * 0.5).to(x.dtype)
     return x
 
@@ -83,7 +83,7 @@ def widen(x, beside, MATH: tl.constexpr):
     """x as float32. Where x is bfloat16 and compiled, the conversion is tied to `beside`, a tile of the same shape and
     type that changes with every step: the compiler then neither hoists it out of the loop, so x stays packed, two
     elements a register, nor leaves x in another layout than the product's accumulator."""
-    if MATH == "fast" or MATH == "packed":  # noqa: PLR1714
+    if MATH == "fast" or MATH == "packed":
         return tl.inline_asm_elementwise(
             "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r,r", [x, beside], tl.float32, True, 2
         )
@@ -132,18 +132,26 @@ class Config:
     programs: int
 
 
-# {kernel: {(bytes of an element, "few" or "many" tokens): Config}}. One table serves sm_80 to sm_90: every entry is sized
-# for an sm_86 block (docs/compile_table.md). "few" means that tiles of the "many" entry would leave multiprocessors idle.
-TABLE: dict[str, dict[tuple[int, str], Config]] = {
+Entries = dict[tuple[int, str], Config]
+
+# {kernel: {(bytes of an element, "few" or "many" tokens): Config}}, sized for an sm_86 block and its registers
+# (docs/compile_table.md). "few": tiles of the "many" entry would leave multiprocessors idle.
+TABLE: dict[str, Entries] = {
     "l_forward": {
         (2, "few"): Config(16, 4, 4),
-        (2, "many"): Config(64, 4, 3),
+        (2, "many"): Config(64, 4, 32),
         (4, "few"): Config(16, 8, 2),
         (4, "many"): Config(16, 8, 2),
     },
-    "l_backward": {
+    "l_backward_one": {  # one step carries gradient
         (2, "few"): Config(16, 4, 2),
-        (2, "many"): Config(32, 4, 2),
+        (2, "many"): Config(32, 8, 1),
+        (4, "few"): Config(16, 8, 1),
+        (4, "many"): Config(16, 8, 1),
+    },
+    "l_backward_many": {
+        (2, "few"): Config(16, 4, 2),
+        (2, "many"): Config(32, 8, 1),
         (4, "few"): Config(16, 8, 1),
         (4, "many"): Config(16, 8, 1),
     },
@@ -154,11 +162,17 @@ TABLE: dict[str, dict[tuple[int, str], Config]] = {
         (4, "many"): Config(16, 8, 2),
     },
     "h_backward": {
-        (2, "few"): Config(16, 4, 2),
-        (2, "many"): Config(32, 4, 2),
+        (2, "few"): Config(16, 8, 2),
+        (2, "many"): Config(16, 8, 2),
         (4, "few"): Config(16, 8, 1),
         (4, "many"): Config(16, 8, 1),
     },
+}
+# What replaces entries from sm_90 on, whose matrix units want 64 rows a warpgroup
+HOPPER: dict[str, Entries] = {
+    "l_backward_one": {(2, "many"): Config(64, 4, 2)},
+    "l_backward_many": {(2, "many"): Config(128, 8, 1)},
+    "h_backward": {(2, "few"): Config(16, 4, 2), (2, "many"): Config(32, 4, 2)},
 }
 _overrides: dict[str, Config] = {}
 
@@ -195,28 +209,35 @@ class Launch:
     options: dict[str, object]
 
 
+@cache
+def entries(kernel: str, capability: tuple[int, int]) -> Entries:
+    """The launch table of one kernel on a device of this compute capability."""
+    return TABLE[kernel] | (HOPPER.get(kernel, {}) if capability >= (9, 0) else {})
+
+
 def plan(kernel: str, n: int, heads: int, head_size: int, like: Tensor) -> Launch:
-    """Chooses the configuration for `n` tokens of `heads` heads; programs loop over tiles with their weights on chip."""
-    units = multiprocessors(like.device)
-    table = TABLE[kernel]
+    """Chooses the configuration for `n` tokens of `heads` heads; programs loop over tiles, their weights on chip."""
+    units, capability = multiprocessors(like.device), _capability(like.device)
+    table = entries(kernel, capability)
     many = table[like.element_size(), "many"]
     enough = triton.cdiv(n, many.rows) * heads >= units
     config = _overrides.get(kernel) or (many if enough else table[like.element_size(), "few"])
     tiles = triton.cdiv(n, config.rows)
     programs = max(1, min(tiles, units * config.programs // heads))
-    return Launch((heads, programs), kernel_options(config, head_size, like.dtype, _capability(like.device)))
+    exact = torch.get_float32_matmul_precision() == "highest"  # unless the user turned tf32 on
+    return Launch((heads, programs), kernel_options(config, head_size, like.dtype, capability, exact))
 
 
 @cache
 def kernel_options(
-    config: Config, head_size: int, dtype: torch.dtype, capability: tuple[int, int]
+    config: Config, head_size: int, dtype: torch.dtype, capability: tuple[int, int], exact: bool = True
 ) -> dict[str, object]:
     """The compile-time constants and launch options that every tiled kernel takes."""
     return {
         "D": head_size,
         "BLOCK_D": max(16, triton.next_power_of_2(head_size)),
         "BLOCK_N": config.rows,
-        "PRECISION": _precision(dtype),
+        "PRECISION": "tf32" if dtype == torch.float32 and not exact else "ieee",
         "MATH": _math(dtype, capability),
         "num_warps": config.warps,
         "num_stages": 1,
@@ -234,11 +255,6 @@ def _math(dtype: torch.dtype, capability: tuple[int, int]) -> str:
 @cache
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-
-
-def _precision(dtype: torch.dtype) -> str:
-    """float32 products are exact unless the user turned tf32 on."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
 def rows_of(tensor: Tensor) -> Tensor:

@@ -39,10 +39,15 @@ def carry_update_reference(
 
 # ---------------------------------------------------------------------------------------------------- Triton kernels
 
-BLOCK = 4096  # elements that a program has in flight: with 8 warps, two loads of 16 bytes a thread and tensor in bfloat16
-WARPS = 8
+CARRY_BLOCKS = (512, 2048, 4096)  # elements that a program loads at a time
 FINISH_BLOCK, FINISH_WARPS = 256, 2
-CHUNK = 8 * BLOCK  # elements of a row that one program handles; longer rows are shared among programs
+CHUNK = 8 * CARRY_BLOCKS[-1]  # elements of a row that one program handles; longer rows are shared among programs
+
+
+def carry_warps(block: int) -> int:
+    """Warps for a block: four 16-byte loads in flight a thread and bfloat16 tensor, and many programs side by side,
+    which hides that a row's flag is read before its values."""
+    return max(1, block // 1024)
 
 
 @jit
@@ -95,9 +100,7 @@ def _finish_row(row, halted, change, norm, steps_ptr, new_steps_ptr, residual_pt
 
 
 @jit(do_not_specialize=["parts"])
-def _finish_kernel(
-    halted_ptr, steps_ptr, partial_ptr, new_steps_ptr, residual_ptr, parts, eps, BLOCK: tl.constexpr
-):
+def _finish_kernel(halted_ptr, steps_ptr, partial_ptr, new_steps_ptr, residual_ptr, parts, eps, BLOCK: tl.constexpr):
     """Adds the chunks' sums of one row, in one fixed order."""
     row = tl.program_id(0).to(tl.int64)
     changes = tl.zeros((BLOCK,), tl.float32)
@@ -133,14 +136,14 @@ def _launch(
     old, new, flat = _flat(old), _flat(new), state.flatten(1)
     size = flat.shape[1]
     parts = triton.cdiv(size, CHUNK) if rows < 4 * multiprocessors(old.device) else 1  # enough rows fill the device
-    block = min(BLOCK, triton.next_power_of_2(size))
+    block = next((b for b in CARRY_BLOCKS if b >= size), CARRY_BLOCKS[-1])
     chunk = triton.cdiv(triton.cdiv(size, parts), block) * block
     partial = torch.empty((rows, parts, 2) if parts > 1 else (0,), dtype=torch.float32, device=old.device)
     halted, steps, init = halted.contiguous(), steps.contiguous(), init.contiguous()
     _carry_kernel[(rows, parts)](
         halted, steps, old, new, init, flat, new_steps, residual, partial,
         size, width, old.stride(0), new.stride(0), flat.stride(0), chunk, eps,
-        WHOLE=parts == 1, BLOCK=block, num_warps=WARPS,
+        WHOLE=parts == 1, BLOCK=block, num_warps=carry_warps(block),
     )  # fmt: skip
     if parts > 1:
         _finish_kernel[(rows,)](
@@ -221,8 +224,8 @@ def carry_update(
         backend: "auto" (Triton on CUDA, else the reference), "triton" or "reference".
 
     Returns:
-        state (rows, ..., d), steps' (rows,) int32, residual (rows,) float32 = ||new - old|| / max(||old||, eps) over all
-        but the row dimension, 0 where halted. No result carries a graph.
+        state (rows, ..., d), steps' (rows,) int32, residual (rows,) float32 = ||new - old|| / max(||old||, eps) over
+        all but the row dimension, 0 where halted. No result carries a graph.
 
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it.
@@ -247,7 +250,7 @@ def carry_update(
 
 
 def _in_place(halted, steps, old, new, init, out, eps: float) -> tuple[Tensor, Tensor]:
-    """An operation may not take one tensor twice and write it, so each way to be in place has an operation of its own."""
+    """An operation may not take one tensor twice and write it, so each way to be in place has its own."""
     if out.data_ptr() == old.data_ptr():
         return _carry_over_old(halted, steps, old, new, init, eps)
     if out.data_ptr() == new.data_ptr():

@@ -18,8 +18,15 @@ from pathlib import Path
 
 import torch
 
-from hrm_kernels._triton import TABLE, Config, kernel_options, triton
-from hrm_kernels.carry_update import BLOCK, FINISH_BLOCK, FINISH_WARPS, WARPS, _carry_kernel, _finish_kernel
+from hrm_kernels._triton import Config, entries, kernel_options, triton
+from hrm_kernels.carry_update import (
+    CARRY_BLOCKS,
+    FINISH_BLOCK,
+    FINISH_WARPS,
+    _carry_kernel,
+    _finish_kernel,
+    carry_warps,
+)
 from hrm_kernels.h_update import _h_backward_kernel, _h_forward_kernel
 from hrm_kernels.l_recurrence import _l_backward_kernel, _l_forward_kernel
 
@@ -30,10 +37,8 @@ NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 # each kernel with the sets of flags that change its code
 _TILED = {
     "l_forward": (_l_forward_kernel, ({"SAVE": False}, {"SAVE": True})),
-    "l_backward": (
-        _l_backward_kernel,
-        tuple({"MANY": many, "GRAD_Z": grad_z} for many in (False, True) for grad_z in (False, True)),
-    ),
+    "l_backward_one": (_l_backward_kernel, tuple({"MANY": False, "GRAD_Z": grad_z} for grad_z in (False, True))),
+    "l_backward_many": (_l_backward_kernel, tuple({"MANY": True, "GRAD_Z": grad_z} for grad_z in (False, True))),
     "h_forward": (_h_forward_kernel, ({},)),
     "h_backward": (_h_backward_kernel, ({},)),
 }
@@ -80,21 +85,24 @@ class Report:
 
 def tiled_case(kernel: str, tokens: str, config: Config, dtype: torch.dtype, head_size: int, flags: dict) -> Case:
     """A kernel of the launch table with one configuration; `tokens` ("few" or "many") only names it."""
-    name = " ".join((kernel, tokens, *(flag.lower() for flag, on in flags.items() if on)))
+    name = " ".join((kernel, tokens, *(flag.lower() for flag, on in flags.items() if on and flag != "MANY")))
     return Case(name, dtype, (("config", config), ("head_size", head_size), *flags.items()), config.warps)
 
 
-def cases(head_sizes: Iterable[int] = (64,), dtypes: Iterable[torch.dtype] = tuple(NAMES)) -> Iterator[Case]:
-    """Every configuration that the launchers can choose, for the given head sizes and element types."""
+def cases(
+    architecture: int, head_sizes: Iterable[int] = (64,), dtypes: Iterable[torch.dtype] = tuple(NAMES)
+) -> Iterator[Case]:
+    """Every configuration that the launchers can choose on `architecture`, for these head sizes and element types."""
     for dtype in dtypes:
         for kernel, (_, variants) in _TILED.items():
-            for (size, tokens), config in TABLE[kernel].items():
+            for (size, tokens), config in entries(kernel, divmod(architecture, 10)).items():
                 if size == dtype.itemsize:
                     for flags in variants:
                         yield from (tiled_case(kernel, tokens, config, dtype, d, flags) for d in head_sizes)
         for whole in (True, False):
-            name = "carry whole" if whole else "carry parts"
-            yield Case(name, dtype, (("WHOLE", whole), ("BLOCK", BLOCK)), WARPS)
+            for block in CARRY_BLOCKS:
+                name = f"carry {block} {'whole' if whole else 'parts'}"
+                yield Case(name, dtype, (("WHOLE", whole), ("BLOCK", block)), carry_warps(block))
     yield Case("carry_finish", torch.float32, (("BLOCK", FINISH_BLOCK),), FINISH_WARPS)
 
 
@@ -161,7 +169,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="write the table here instead of printing it")
     output = parser.parse_args().output
-    reports = [compile_case(case, architecture) for case in cases() for architecture in ARCHITECTURES]
+    reports = [compile_case(case, architecture) for architecture in ARCHITECTURES for case in cases(architecture)]
     header = (
         "# What each launch configuration needs\n\nMade by `python -m hrm_kernels.compile_table` with Triton "
         f"{triton.__version__}, head size 64. Entries: shared memory (bytes a block) / registers a thread / spilled "

@@ -89,7 +89,7 @@ def _h_backward_kernel(
     grad_w_p = tl.zeros((BLOCK_D, BLOCK_D), tl.float32)
     grad_w_q = tl.zeros((BLOCK_D, BLOCK_D), tl.float32)
     grad_w_r = tl.zeros((BLOCK_D, BLOCK_D), tl.float32)
-    for tile in range(tl.program_id(1), tl.cdiv(n, BLOCK_N), tl.num_programs(1)):
+    for tile in tl.range(tl.program_id(1), tl.cdiv(n, BLOCK_N), tl.num_programs(1), disable_licm=True):
         offsets, mask = tile_offsets(tile, n, z_stride, head * D, BLOCK_N, BLOCK_D, D)
         a = tl.load(z_ptr + offsets, mask=mask, other=0.0)
         offsets, mask = tile_offsets(tile, n, inputs_stride, head * D, BLOCK_N, BLOCK_D, D)

@@ -77,7 +77,9 @@ def l_recurrence_reference(
 
 
 @jit
-def _step(z, gate_context, up_context, w_gate, w_up, w_down, eps, D: tl.constexpr, PRECISION: tl.constexpr, MATH: tl.constexpr):
+def _step(
+    z, gate_context, up_context, w_gate, w_up, w_down, eps, D: tl.constexpr, PRECISION: tl.constexpr, MATH: tl.constexpr
+):
     """One step on a tile held in registers: z (BLOCK_N, BLOCK_D) float32, the rest in the dtype of the call; the gate's
     weights and context come as `halve_for_silu` gives them."""
     low = z.to(w_gate.dtype)
@@ -146,7 +148,7 @@ def _l_backward_kernel(
     program = (tl.program_id(1) * heads + head).to(tl.int64)
     own = tl.arange(0, BLOCK_N)[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
     scratch = scratch_ptr + program * scratch_stride + own
-    for tile in range(tl.program_id(1), tl.cdiv(n, BLOCK_N), tl.num_programs(1)):
+    for tile in tl.range(tl.program_id(1), tl.cdiv(n, BLOCK_N), tl.num_programs(1), disable_licm=True):
         offsets, mask = tile_offsets(tile, n, z_stride, head * D, BLOCK_N, BLOCK_D, D)
         state = z_ptr + offsets
         offsets, mask = tile_offsets(tile, n, context_stride, head * D, BLOCK_N, BLOCK_D, D)
@@ -166,7 +168,7 @@ def _l_backward_kernel(
         grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         grad_gate = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         grad_up = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-        for back in range(grad_steps if MANY else 1):
+        for back in tl.range(grad_steps if MANY else 1, disable_licm=True):
             # loaded where they are used: registers are what this loop is short of, and L1 holds the context
             if MANY:
                 low = tl.load(scratch + (grad_steps - 1 - back) * BLOCK_N * BLOCK_D)
@@ -219,7 +221,7 @@ def _launch_forward(
     z: Tensor, context: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor,
     steps: int, grad_steps: int, eps: float, save: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Launches the forward; returns the new state and, where `save` asks for it, the state before the last grad_steps."""
+    """Launches the forward; returns the new state and, if `save`, the state before the last grad_steps."""
     heads, size, _ = w_gate.shape
     rows, contexts = rows_of(z), rows_of(context)
     out = torch.empty(z.shape, dtype=z.dtype, device=z.device)
@@ -246,7 +248,7 @@ def _launch_backward(
     grad: Tensor, z: Tensor, context: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor,
     grad_steps: int, eps: float, grad_z: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of z (empty unless `grad_z`), context, and the three weights stacked (3, J, D, D); z as it was saved."""
+    """Gradients of z (empty unless `grad_z`), of context, and of the weights (3, J, D, D); z as it was saved."""
     heads, size, _ = w_gate.shape
     grads, rows, contexts = rows_of(grad), rows_of(z), rows_of(context)
     n = rows.shape[0]
@@ -254,8 +256,9 @@ def _launch_backward(
     out_context = torch.empty(context.shape, dtype=z.dtype, device=z.device)
     if n == 0:
         return out_z, out_context, w_gate.new_zeros((3, heads, size, size))
-    launch = plan("l_backward", n, heads, size, rows)
-    programs, many = launch.grid[1], grad_steps > 1
+    many = grad_steps > 1
+    launch = plan("l_backward_many" if many else "l_backward_one", n, heads, size, rows)
+    programs = launch.grid[1]
     partial = torch.empty((programs, 3, heads, size, size), dtype=torch.float32, device=z.device)
     tile = launch.options["BLOCK_N"] * launch.options["BLOCK_D"]  # type: ignore[operator]
     scratch_stride = grad_steps * tile if many else 0
@@ -331,7 +334,7 @@ def l_recurrence(
 ) -> Tensor:
     """`steps` steps of the fast state in one launch; gradients flow through the last `grad_steps` of them.
 
-    Source: the L-module of arXiv 2506.21734, section 2, with the gated cell and the head-wise norm of docs/equations.md.
+    Source: the L-module of arXiv 2506.21734, section 2, with the gated cell of docs/equations.md.
 
     Args:
         z: (..., J*D) state z_L; float32, bfloat16 or float16; contiguous or not.
@@ -339,7 +342,7 @@ def l_recurrence(
         w_gate, w_up, w_down: (J, D, D) block-diagonal weights, applied as row-vector @ w[j]. Same dtype as `z`.
         steps: T, at least 1.
         grad_steps: how many of the last steps carry gradient, 1 to `steps`. Nothing is saved for the others.
-            The gradient of `z` is zero unless `grad_steps == steps`: the state before the last `grad_steps` is detached.
+            `z` has a gradient only if `grad_steps == steps`: the state before the last `grad_steps` is detached.
         eps: added to the mean square inside the root.
         backend: "auto" (Triton on CUDA, else the reference), "triton" or "reference".
 
@@ -354,9 +357,7 @@ def l_recurrence(
     _check(z, context, w_gate, w_up, w_down, steps, grad_steps, eps)
     if choose("l_recurrence", backend, z.device, w_gate.shape[-1], z.dtype) == "reference":
         with torch.autocast(z.device.type, enabled=False):
-            return l_recurrence_reference(
-                z, context, w_gate, w_up, w_down, steps=steps, grad_steps=grad_steps, eps=eps
-            )
+            return l_recurrence_reference(z, context, w_gate, w_up, w_down, steps=steps, grad_steps=grad_steps, eps=eps)
     tensors = (z, context, w_gate, w_up, w_down)
     graph = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     run = _l_forward if torch.compiler.is_compiling() else _LRecurrence.apply if graph else _launch_forward

@@ -17,7 +17,7 @@ from parity import (
 )
 
 from hrm_kernels import BackendError, h_update, h_update_reference
-from hrm_kernels._triton import TABLE, Config, override_config
+from hrm_kernels._triton import HOPPER, TABLE, Config, override_config
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -74,7 +74,9 @@ def test_leading_dimensions(lead, device):
 
 
 @pytest.mark.parametrize("kernel", ["h_forward", "h_backward"])
-@pytest.mark.parametrize("config", sorted({c for k in ("h_forward", "h_backward") for c in TABLE[k].values()}, key=str))
+@pytest.mark.parametrize(
+    "config", sorted({c for t in (TABLE, HOPPER) for e in t.values() for c in e.values()}, key=str)
+)
 def test_every_configuration_of_the_table_gives_the_same_numbers(kernel, config, device):
     with override_config(**{kernel: config}):
         assert_parity(h_update, h_tensors(70, device=device))
@@ -274,15 +276,17 @@ def test_more_than_2_31_elements(device):
         tensors[name][-40:] = tail[name]
     leaves = [t.requires_grad_() for t in tensors.values()]
     small = [t.requires_grad_() for t in tail.values()]
-    out = h_update(*leaves, backend="triton")
-    expected = h_update(*small, backend="triton")
-    assert torch.equal(out[-40:], expected)
-    cotangent = torch.zeros_like(out)
-    cotangent[-40:] = 1
-    grad_z, grad_inputs = torch.autograd.grad(out, leaves[:2], cotangent)
-    expected_z, expected_inputs = torch.autograd.grad(expected, small[:2], torch.ones_like(expected))
-    assert torch.equal(grad_z[-40:], expected_z)
-    assert torch.equal(grad_inputs[-40:], expected_inputs)
+    # one configuration for both: bits may differ between tile shapes
+    with override_config(**{name: TABLE[name][2, "many"] for name in ("h_forward", "h_backward")}):
+        out = h_update(*leaves, backend="triton")
+        expected = h_update(*small, backend="triton")
+        assert torch.equal(out[-40:], expected)
+        cotangent = torch.zeros_like(out)
+        cotangent[-40:] = 1
+        grad_z, grad_inputs = torch.autograd.grad(out, leaves[:2], cotangent)
+        expected_z, expected_inputs = torch.autograd.grad(expected, small[:2], torch.ones_like(expected))
+        assert torch.equal(grad_z[-40:], expected_z)
+        assert torch.equal(grad_inputs[-40:], expected_inputs)
 
 
 # ---------------------------------------------------------------------------------------------------- bad input
