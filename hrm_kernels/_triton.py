@@ -29,10 +29,9 @@ except ImportError:  # the reference runs without Triton; `choose` never picks t
 
 
 # MATH, a compile-time constant of every tiled kernel (`_math`):
-#   "plain"   what Triton makes of tl.exp and a division
-#   "exact"   correctly rounded division and libdevice's exp, for float32
-#   "fast"    one special-function operation instead of two; its error, below 2^-11, is a quarter of bfloat16's rounding
-#   "packed"  "fast", and silu(g) * u on two bfloat16 at a time (sm_90), as exact as eager's own bfloat16 operations
+#   "plain"  what Triton makes of tl.exp and a division
+#   "exact"  float32: correctly rounded division, libdevice's exp, sums added to products instead of products to sums
+#   "fast"   one special-function operation instead of two; its error, below 2^-11, is a quarter of bfloat16's rounding
 
 
 @jit
@@ -48,34 +47,27 @@ def sigmoid(x, MATH: tl.constexpr):
 @jit
 def halve_for_silu(x, MATH: tl.constexpr):
     """x / 2 (exact) where `silu_times` takes half its gate: the weights and the context of the gate, once a tile."""
-    if MATH == "fast" or MATH == "packed":
+    if MATH == "fast":
         return (x.to(tl.float32) * 0.5).to(x.dtype)
     return x
 
 
 @jit
-def silu_times(g, u, dtype: tl.constexpr, MATH: tl.constexpr):
-    """silu(g) * u in `dtype`, from float32; g comes halved where `halve_for_silu` halves."""
-    if MATH == "packed":
-        return tl.inline_asm_elementwise(
-            """{
-            .reg .b32 g, u, t;
-            cvt.rn.bf16x2.f32 g, $2, $1;
-            cvt.rn.bf16x2.f32 u, $4, $3;
-            tanh.approx.bf16x2 t, g;
-            fma.rn.bf16x2 t, g, t, g;
-            mul.rn.bf16x2 $0, t, u;
-            }""",
-            "=r,r,r,r,r",
-            [g, u],
-            tl.bfloat16,
-            True,
-            2,
-        )
+def silu_times(g, u, MATH: tl.constexpr):
+    """silu(g) * u in float32; g comes halved where `halve_for_silu` halves."""
     if MATH == "fast":
         tanh = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=r,r", [g], tl.float32, True, 1)
-        return ((g * tanh + g) * u).to(dtype)
-    return (g * sigmoid(g, MATH) * u).to(dtype)
+        return (g * tanh + g) * u
+    return g * sigmoid(g, MATH) * u
+
+
+@jit
+def dot_add(a, b, c, PRECISION: tl.constexpr, MATH: tl.constexpr):
+    """a @ b + c in float32. In float32 arithmetic c is added last: as the accumulator, every product would be rounded
+    to c's size. (`fma` with 1, since Triton turns a plain sum back into an accumulator.)"""
+    if MATH == "exact":
+        return tl.fma(c, 1.0, tl.dot(a, b, input_precision=PRECISION))
+    return tl.dot(a, b, c, input_precision=PRECISION)
 
 
 @jit
@@ -83,7 +75,7 @@ def widen(x, beside, MATH: tl.constexpr):
     """x as float32. Where x is bfloat16 and compiled, the conversion is tied to `beside`, a tile of the same shape and
     type that changes with every step: the compiler then neither hoists it out of the loop, so x stays packed, two
     elements a register, nor leaves x in another layout than the product's accumulator."""
-    if MATH == "fast" or MATH == "packed":
+    if MATH == "fast":
         return tl.inline_asm_elementwise(
             "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r,r", [x, beside], tl.float32, True, 2
         )
@@ -125,11 +117,13 @@ def weight_offsets(matrix, BLOCK_D: tl.constexpr, D: tl.constexpr):
 
 @dataclass(frozen=True)
 class Config:
-    """How one kernel is launched: rows of a tile, warps of a program, programs wanted on each multiprocessor."""
+    """How one kernel is launched: rows of a tile, warps of a program, programs wanted on each multiprocessor, and the
+    most registers a thread may take (None: what the compiler likes), where that lets another program in."""
 
     rows: int
     warps: int
     programs: int
+    registers: int | None = None
 
 
 Entries = dict[tuple[int, str], Config]
@@ -170,6 +164,7 @@ TABLE: dict[str, Entries] = {
 }
 # What replaces entries from sm_90 on, whose matrix units want 64 rows a warpgroup
 HOPPER: dict[str, Entries] = {
+    "l_forward": {(2, "many"): Config(64, 4, 32, 168)},
     "l_backward_one": {(2, "many"): Config(64, 4, 2)},
     "l_backward_many": {(2, "many"): Config(128, 8, 1)},
     "h_backward": {(2, "few"): Config(16, 4, 2), (2, "many"): Config(32, 4, 2)},
@@ -225,31 +220,28 @@ def plan(kernel: str, n: int, heads: int, head_size: int, like: Tensor) -> Launc
     tiles = triton.cdiv(n, config.rows)
     programs = max(1, min(tiles, units * config.programs // heads))
     exact = torch.get_float32_matmul_precision() == "highest"  # unless the user turned tf32 on
-    return Launch((heads, programs), kernel_options(config, head_size, like.dtype, capability, exact))
+    return Launch((heads, programs), kernel_options(config, head_size, like.dtype, exact))
 
 
 @cache
-def kernel_options(
-    config: Config, head_size: int, dtype: torch.dtype, capability: tuple[int, int], exact: bool = True
-) -> dict[str, object]:
+def kernel_options(config: Config, head_size: int, dtype: torch.dtype, exact: bool = True) -> dict[str, object]:
     """The compile-time constants and launch options that every tiled kernel takes."""
     return {
         "D": head_size,
         "BLOCK_D": max(16, triton.next_power_of_2(head_size)),
         "BLOCK_N": config.rows,
         "PRECISION": "tf32" if dtype == torch.float32 and not exact else "ieee",
-        "MATH": _math(dtype, capability),
+        "MATH": _math(dtype),
         "num_warps": config.warps,
         "num_stages": 1,
+        "maxnreg": config.registers,
     }
 
 
-def _math(dtype: torch.dtype, capability: tuple[int, int]) -> str:
+def _math(dtype: torch.dtype) -> str:
     if interpreting() or dtype == torch.float16:
         return "plain"
-    if dtype == torch.float32:
-        return "exact"
-    return "packed" if capability >= (9, 0) else "fast"
+    return "exact" if dtype == torch.float32 else "fast"
 
 
 @cache

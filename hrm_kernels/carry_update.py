@@ -41,7 +41,7 @@ def carry_update_reference(
 
 CARRY_BLOCKS = (512, 2048, 4096)  # elements that a program loads at a time
 FINISH_BLOCK, FINISH_WARPS = 256, 2
-CHUNK = 8 * CARRY_BLOCKS[-1]  # elements of a row that one program handles; longer rows are shared among programs
+CHUNK = 2 * CARRY_BLOCKS[-1]  # elements of a row that one program handles; longer rows are shared among programs
 
 
 def carry_warps(block: int) -> int:

@@ -58,14 +58,14 @@ class Case:
         config = dict(self.constants).get("config")
         return config.rows if isinstance(config, Config) else None
 
-    def constants_on(self, architecture: int) -> dict:
-        """The compile-time constants for `architecture`: the mathematics of a tiled kernel depend on it."""
+    def options(self) -> tuple[dict, dict]:
+        """The compile-time constants, and the options of the compiler."""
         constants = dict(self.constants)
         if "config" not in constants:
-            return constants
-        capability = divmod(architecture, 10)
-        options = kernel_options(constants.pop("config"), constants.pop("head_size"), self.dtype, capability)
-        return constants | {key: value for key, value in options.items() if key.isupper()}
+            return constants, {"num_warps": self.warps, "num_stages": 1}
+        options = kernel_options(constants.pop("config"), constants.pop("head_size"), self.dtype)
+        build = {key: value for key, value in options.items() if key.islower()}
+        return constants | {key: value for key, value in options.items() if key.isupper()}, build
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def compile_case(case: Case, architecture: int) -> Report:
     """Compiles `case` for compute capability `architecture` (such as 86); needs Triton but no GPU."""
     from triton.backends.compiler import GPUTarget
 
-    function, constants = _function(case), case.constants_on(architecture)
+    function, (constants, options) = _function(case), case.options()
     signature, attributes = {}, {}
     for index, name in enumerate(function.arg_names):
         if name in constants:
@@ -127,7 +127,6 @@ def compile_case(case: Case, architecture: int) -> Report:
         if name.endswith(("_ptr", "_stride")) or name in ("size", "width", "chunk"):
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = triton.compiler.ASTSource(function, signature, constants, attributes)
-    options = {"num_warps": case.warps, "num_stages": 1}
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     return Report(case, architecture, compiled.metadata.shared, *_resources(compiled.asm["cubin"]))
 

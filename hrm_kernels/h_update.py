@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from hrm_kernels._backend import choose
 from hrm_kernels._checks import autocast, check_eps, check_shape, check_tensors, fail, shape
-from hrm_kernels._triton import jit, plan, rms_scale, rows_of, sigmoid, tile_offsets, tl, weight_offsets
+from hrm_kernels._triton import dot_add, jit, plan, rms_scale, rows_of, sigmoid, tile_offsets, tl, weight_offsets
 
 # ---------------------------------------------------------------------------------------------------- reference
 
@@ -62,9 +62,9 @@ def _h_forward_kernel(
         p = tl.load(inputs_ptr + offsets, mask=mask, other=0.0)
         q = tl.load(inputs_ptr + third + offsets, mask=mask, other=0.0)
         r = tl.load(inputs_ptr + 2 * third + offsets, mask=mask, other=0.0)
-        p = tl.dot(a, w_p, p.to(tl.float32), input_precision=PRECISION)
-        q = tl.dot(a, w_q, q.to(tl.float32), input_precision=PRECISION)
-        r = tl.dot(a, w_r, r.to(tl.float32), input_precision=PRECISION)
+        p = dot_add(a, w_p, p.to(tl.float32), PRECISION, MATH)
+        q = dot_add(a, w_q, q.to(tl.float32), PRECISION, MATH)
+        r = dot_add(a, w_r, r.to(tl.float32), PRECISION, MATH)
         wide = a.to(tl.float32)
         v = wide + sigmoid(r, MATH) * (p * sigmoid(p, MATH) * q - wide)
         v = v * rms_scale(v, eps, D, MATH)
@@ -98,9 +98,9 @@ def _h_backward_kernel(
         r = tl.load(inputs_ptr + 2 * third + offsets, mask=mask, other=0.0)
         offsets, mask = tile_offsets(tile, n, grad_stride, head * D, BLOCK_N, BLOCK_D, D)
         grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        p = tl.dot(a, w_p, p.to(tl.float32), input_precision=PRECISION)
-        q = tl.dot(a, w_q, q.to(tl.float32), input_precision=PRECISION)
-        r = tl.dot(a, w_r, r.to(tl.float32), input_precision=PRECISION)
+        p = dot_add(a, w_p, p.to(tl.float32), PRECISION, MATH)
+        q = dot_add(a, w_q, q.to(tl.float32), PRECISION, MATH)
+        r = dot_add(a, w_r, r.to(tl.float32), PRECISION, MATH)
         wide = a.to(tl.float32)
         s = sigmoid(p, MATH)
         silu = p * s
@@ -123,12 +123,12 @@ def _h_backward_kernel(
         tl.store(grad_inputs_ptr + offsets, grad_p, mask=mask)
         tl.store(grad_inputs_ptr + third + offsets, grad_q, mask=mask)
         tl.store(grad_inputs_ptr + 2 * third + offsets, grad_r, mask=mask)
-        grad_a = tl.dot(grad_p, tl.trans(w_p), grad_a, input_precision=PRECISION)
-        grad_w_p = tl.dot(tl.trans(a), grad_p, grad_w_p, input_precision=PRECISION)
-        grad_a = tl.dot(grad_q, tl.trans(w_q), grad_a, input_precision=PRECISION)
-        grad_w_q = tl.dot(tl.trans(a), grad_q, grad_w_q, input_precision=PRECISION)
-        grad_a = tl.dot(grad_r, tl.trans(w_r), grad_a, input_precision=PRECISION)
-        grad_w_r = tl.dot(tl.trans(a), grad_r, grad_w_r, input_precision=PRECISION)
+        grad_a = dot_add(grad_p, tl.trans(w_p), grad_a, PRECISION, MATH)
+        grad_w_p = dot_add(tl.trans(a), grad_p, grad_w_p, PRECISION, MATH)
+        grad_a = dot_add(grad_q, tl.trans(w_q), grad_a, PRECISION, MATH)
+        grad_w_q = dot_add(tl.trans(a), grad_q, grad_w_q, PRECISION, MATH)
+        grad_a = dot_add(grad_r, tl.trans(w_r), grad_a, PRECISION, MATH)
+        grad_w_r = dot_add(tl.trans(a), grad_r, grad_w_r, PRECISION, MATH)
         offsets, mask = tile_offsets(tile, n, third, head * D, BLOCK_N, BLOCK_D, D)
         tl.store(grad_z_ptr + offsets, grad_a.to(dtype), mask=mask)
     partial = grad_w_ptr + tl.program_id(1).to(tl.int64) * 3 * third * D + block  # (programs, 3, heads, D, D)

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from hrm_kernels._backend import choose
 from hrm_kernels._checks import autocast, check_eps, check_shape, check_tensors, fail, shape
 from hrm_kernels._triton import (
+    dot_add,
     halve_for_silu,
     jit,
     plan,
@@ -83,9 +84,9 @@ def _step(
     """One step on a tile held in registers: z (BLOCK_N, BLOCK_D) float32, the rest in the dtype of the call; the gate's
     weights and context come as `halve_for_silu` gives them."""
     low = z.to(w_gate.dtype)
-    g = tl.dot(low, w_gate, widen(gate_context, low, MATH), input_precision=PRECISION)
-    u = tl.dot(low, w_up, widen(up_context, low, MATH), input_precision=PRECISION)
-    hidden = silu_times(g, u, w_gate.dtype, MATH)
+    g = dot_add(low, w_gate, widen(gate_context, low, MATH), PRECISION, MATH)
+    u = dot_add(low, w_up, widen(up_context, low, MATH), PRECISION, MATH)
+    hidden = silu_times(g, u, MATH).to(w_gate.dtype)
     # z is added after the product: as its accumulator, a loop-carried value, it would make ptxas serialize every wgmma
     y = tl.fma(z, 1.0, tl.dot(hidden, w_down, input_precision=PRECISION))
     return y * rms_scale(y, eps, D, MATH)
@@ -176,32 +177,32 @@ def _l_backward_kernel(
                 low = tl.load(state, mask=mask, other=0.0)
             gate_context = tl.load(context, mask=mask, other=0.0)
             up_context = tl.load(context + half, mask=mask, other=0.0)
-            g = tl.dot(low, w_gate, gate_context.to(tl.float32), input_precision=PRECISION)
-            u = tl.dot(low, w_up, up_context.to(tl.float32), input_precision=PRECISION)
+            g = dot_add(low, w_gate, gate_context.to(tl.float32), PRECISION, MATH)
+            u = dot_add(low, w_up, up_context.to(tl.float32), PRECISION, MATH)
             s = sigmoid(g, MATH)
             silu = g * s
             hidden = (silu * u).to(dtype)
             # what the gradients of g and u need of g and u, in half the registers
             slope_g = (u * (s + silu * (1.0 - s))).to(dtype)
             slope_u = silu.to(dtype)
-            y = tl.dot(hidden, w_down, low.to(tl.float32), input_precision=PRECISION)
+            y = dot_add(hidden, w_down, low.to(tl.float32), PRECISION, MATH)
             scale = rms_scale(y, eps, D, MATH)
             y = y * scale
             grad_y = scale * (grad - y * (tl.sum(grad * y, 1) * (1.0 / D))[:, None])
             low_grad_y = grad_y.to(dtype)
-            grad_w_down = tl.dot(tl.trans(hidden), low_grad_y, grad_w_down, input_precision=PRECISION)
+            grad_w_down = dot_add(tl.trans(hidden), low_grad_y, grad_w_down, PRECISION, MATH)
             grad_hidden = tl.dot(low_grad_y, tl.trans(w_down), input_precision=PRECISION)
             grad_g = grad_hidden * slope_g.to(tl.float32)
             grad_gate += grad_g
             low_g = grad_g.to(dtype)
-            grad_w_gate = tl.dot(tl.trans(low), low_g, grad_w_gate, input_precision=PRECISION)
+            grad_w_gate = dot_add(tl.trans(low), low_g, grad_w_gate, PRECISION, MATH)
             grad_u = grad_hidden * slope_u.to(tl.float32)
             grad_up += grad_u
             low_u = grad_u.to(dtype)
-            grad_w_up = tl.dot(tl.trans(low), low_u, grad_w_up, input_precision=PRECISION)
+            grad_w_up = dot_add(tl.trans(low), low_u, grad_w_up, PRECISION, MATH)
             if MANY or GRAD_Z:
-                grad = tl.dot(low_g, tl.trans(w_gate), grad_y, input_precision=PRECISION)
-                grad = tl.dot(low_u, tl.trans(w_up), grad, input_precision=PRECISION)
+                grad = dot_add(low_g, tl.trans(w_gate), grad_y, PRECISION, MATH)
+                grad = dot_add(low_u, tl.trans(w_up), grad, PRECISION, MATH)
         offsets, mask = tile_offsets(tile, n, 2 * half, head * D, BLOCK_N, BLOCK_D, D)
         tl.store(grad_context_ptr + offsets, grad_gate.to(dtype), mask=mask)
         tl.store(grad_context_ptr + half + offsets, grad_up.to(dtype), mask=mask)
