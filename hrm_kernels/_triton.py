@@ -151,7 +151,7 @@ TABLE: dict[str, Entries] = {
     },
     "h_forward": {
         (2, "few"): Config(16, 4, 4),
-        (2, "many"): Config(64, 4, 3),
+        (2, "many"): Config(32, 4, 2),
         (4, "few"): Config(16, 8, 2),
         (4, "many"): Config(16, 8, 2),
     },
@@ -167,6 +167,7 @@ HOPPER: dict[str, Entries] = {
     "l_forward": {(2, "many"): Config(64, 4, 32, 168)},
     "l_backward_one": {(2, "many"): Config(64, 4, 2)},
     "l_backward_many": {(2, "many"): Config(128, 8, 1)},
+    "h_forward": {(2, "many"): Config(64, 4, 3)},
     "h_backward": {(2, "few"): Config(16, 4, 2), (2, "many"): Config(32, 4, 2)},
 }
 _overrides: dict[str, Config] = {}

@@ -55,7 +55,8 @@ def _h_forward_kernel(
     w_p = tl.load(w_ptr + block, mask=inside, other=0.0)
     w_q = tl.load(w_ptr + third * D + block, mask=inside, other=0.0)
     w_r = tl.load(w_ptr + 2 * third * D + block, mask=inside, other=0.0)
-    for tile in range(tl.program_id(1), tl.cdiv(n, BLOCK_N), tl.num_programs(1)):
+    # bound by memory: the next tile's loads are under way while this one is worked on
+    for tile in tl.range(tl.program_id(1), tl.cdiv(n, BLOCK_N), tl.num_programs(1), num_stages=2):
         offsets, mask = tile_offsets(tile, n, z_stride, head * D, BLOCK_N, BLOCK_D, D)
         a = tl.load(z_ptr + offsets, mask=mask, other=0.0)
         offsets, mask = tile_offsets(tile, n, inputs_stride, head * D, BLOCK_N, BLOCK_D, D)
