@@ -73,11 +73,11 @@ def test_peak_memory(depth, variant, gradient, benchmark):
 def make_case(
     sequences: int, positions: int, *, h_mixer: str, backward: bool = False, grad_cycles: int = 1, grad_l_steps: int = 1
 ) -> Case:
-    """One position: decoding, where the attention mixer looks back at `PAST` cached positions."""
+    """One position: decoding behind `PAST` positions, at which the attention mixer looks back through its cache."""
     config = HRMConfig(**SETTINGS, h_mixer=h_mixer, grad_cycles=grad_cycles, grad_l_steps=grad_l_steps)
     core = HRMCore(config).to(DEVICE, DTYPE)
     h = torch.randn(sequences, positions, WIDTH, device=DEVICE, dtype=DTYPE)
-    cached = positions == 1 and h_mixer == "attention"
+    cached = positions == 1
     cache = filled_cache(core, sequences) if cached else None
 
     def run(model: HRMCore, inputs: torch.Tensor, slots: SlotCache | None) -> torch.Tensor:
