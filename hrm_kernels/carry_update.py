@@ -53,13 +53,13 @@ def carry_warps(block: int) -> int:
 @jit
 def _carry_kernel(
     halted_ptr, steps_ptr, old_ptr, new_ptr, init_ptr, state_ptr, new_steps_ptr, residual_ptr, partial_ptr,
-    size, width, old_stride, new_stride, state_stride, chunk, eps,
+    size, width, old_stride, new_stride, state_stride, parts, chunk, eps,
     WHOLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One chunk of one row; `chunk` is a multiple of BLOCK. WHOLE: the chunk is the row, so its residual is done here;
     else sums go to `partial`."""
-    row = tl.program_id(0).to(tl.int64)
-    part = tl.program_id(1)
+    row = (tl.program_id(0) // parts).to(tl.int64)
+    part = tl.program_id(0) % parts
     halted = tl.load(halted_ptr + row)
     first = part.to(tl.int64) * chunk
     last = tl.minimum(first + chunk, size)
@@ -87,7 +87,7 @@ def _carry_kernel(
     if WHOLE:
         _finish_row(row, halted, change, norm, steps_ptr, new_steps_ptr, residual_ptr, eps)
     else:
-        sums = partial_ptr + (row * tl.num_programs(1) + part) * 2
+        sums = partial_ptr + (row * parts + part) * 2
         tl.store(sums, change)
         tl.store(sums + 1, norm)
 
@@ -140,9 +140,9 @@ def _launch(
     chunk = triton.cdiv(triton.cdiv(size, parts), block) * block
     partial = torch.empty((rows, parts, 2) if parts > 1 else (0,), dtype=torch.float32, device=old.device)
     halted, steps, init = halted.contiguous(), steps.contiguous(), init.contiguous()
-    _carry_kernel[(rows, parts)](
+    _carry_kernel[(rows * parts,)](
         halted, steps, old, new, init, flat, new_steps, residual, partial,
-        size, width, old.stride(0), new.stride(0), flat.stride(0), chunk, eps,
+        size, width, old.stride(0), new.stride(0), flat.stride(0), parts, chunk, eps,
         WHOLE=parts == 1, BLOCK=block, num_warps=carry_warps(block),
     )  # fmt: skip
     if parts > 1:
