@@ -171,10 +171,10 @@ def test_fused_can_be_switched_and_changes_no_number_on_the_reference(h):
         core.fused = "fast"
 
 
-def test_fused_true_is_an_error_where_it_cannot_run(h):
-    core = make_core(head_size=128, d_l=128, d_h=128, fused=True)
+def test_fused_true_is_an_error_where_it_cannot_run(h, device):
+    core = make_core(head_size=128, d_l=128, d_h=128, fused=True).to(device)
     with pytest.raises(BackendError, match="head size 128"):
-        core(h)
+        core(h.to(device))
 
 
 def test_fused_kernels_give_the_same_segment_and_gradients(h, device):
