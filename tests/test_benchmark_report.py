@@ -27,7 +27,8 @@ def test_table_and_plots(tmp_path):
     depths = [
         benchmark("fused, one-step gradient", 1.0, operation="segment memory", case=depth) for depth in ("1", "64")
     ]
-    result = report(tmp_path, [benchmark(*item) for item in times.items()] + depths)
+    large = [benchmark(variant, 1e-3, case="4096 tokens, forward") for variant in ("eager", "fused")]
+    result = report(tmp_path, [benchmark(*item) for item in times.items()] + large + depths)
     assert result.returncode == 0, result.stderr
     row = next(line for line in result.stdout.splitlines() if "64 tokens" in line)
     cells = [cell.strip() for cell in row.strip("|").split("|")]
