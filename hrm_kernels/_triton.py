@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 
@@ -248,6 +248,11 @@ def _math(dtype: torch.dtype) -> str:
 @cache
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+def device_of(tensor: Tensor) -> AbstractContextManager:
+    """Makes the tensor's GPU the current one: Triton launches on the current device, wherever its arguments live."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def rows_of(tensor: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hrm_kernels._backend import choose
 from hrm_kernels._checks import check_eps, check_shape, check_tensors, fail, shape
-from hrm_kernels._triton import jit, multiprocessors, tl, triton
+from hrm_kernels._triton import device_of, jit, multiprocessors, tl, triton
 
 # ---------------------------------------------------------------------------------------------------- reference
 
@@ -140,16 +140,17 @@ def _launch(
     chunk = triton.cdiv(triton.cdiv(size, parts), block) * block
     partial = torch.empty((rows, parts, 2) if parts > 1 else (0,), dtype=torch.float32, device=old.device)
     halted, steps, init = halted.contiguous(), steps.contiguous(), init.contiguous()
-    _carry_kernel[(rows * parts,)](
-        halted, steps, old, new, init, flat, new_steps, residual, partial,
-        size, width, old.stride(0), new.stride(0), flat.stride(0), parts, chunk, eps,
-        WHOLE=parts == 1, BLOCK=block, num_warps=carry_warps(block),
-    )  # fmt: skip
-    if parts > 1:
-        _finish_kernel[(rows,)](
-            halted, steps, partial, new_steps, residual, parts, eps,
-            BLOCK=FINISH_BLOCK, num_warps=FINISH_WARPS,
+    with device_of(old):
+        _carry_kernel[(rows * parts,)](
+            halted, steps, old, new, init, flat, new_steps, residual, partial,
+            size, width, old.stride(0), new.stride(0), flat.stride(0), parts, chunk, eps,
+            WHOLE=parts == 1, BLOCK=block, num_warps=carry_warps(block),
         )  # fmt: skip
+        if parts > 1:
+            _finish_kernel[(rows,)](
+                halted, steps, partial, new_steps, residual, parts, eps,
+                BLOCK=FINISH_BLOCK, num_warps=FINISH_WARPS,
+            )  # fmt: skip
     return new_steps, residual
 
 

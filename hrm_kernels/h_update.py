@@ -16,7 +16,18 @@ from torch.autograd.function import once_differentiable
 
 from hrm_kernels._backend import choose
 from hrm_kernels._checks import autocast, check_eps, check_shape, check_tensors, fail, shape
-from hrm_kernels._triton import dot_add, jit, plan, rms_scale, rows_of, sigmoid, tile_offsets, tl, weight_offsets
+from hrm_kernels._triton import (
+    device_of,
+    dot_add,
+    jit,
+    plan,
+    rms_scale,
+    rows_of,
+    sigmoid,
+    tile_offsets,
+    tl,
+    weight_offsets,
+)
 
 # ---------------------------------------------------------------------------------------------------- reference
 
@@ -147,10 +158,11 @@ def _launch_forward(z: Tensor, inputs: Tensor, w: Tensor, eps: float) -> Tensor:
     out = torch.empty(z.shape, dtype=z.dtype, device=z.device)
     if rows.shape[0] > 0:
         launch = plan("h_forward", rows.shape[0], heads, size, rows)
-        _h_forward_kernel[launch.grid](
-            rows, thirds, w.contiguous(), out,
-            rows.shape[0], rows.stride(0), thirds.stride(0), eps, **launch.options,
-        )  # fmt: skip
+        with device_of(rows):
+            _h_forward_kernel[launch.grid](
+                rows, thirds, w.contiguous(), out,
+                rows.shape[0], rows.stride(0), thirds.stride(0), eps, **launch.options,
+            )  # fmt: skip
     return out
 
 
@@ -172,10 +184,11 @@ def _launch_backward(grad: Tensor, z: Tensor, inputs: Tensor, w: Tensor, eps: fl
         return grad_z, grad_inputs, w.new_zeros(w.shape)
     launch = plan("h_backward", n, heads, size, rows)
     partial = torch.empty((launch.grid[1], *w.shape), dtype=torch.float32, device=z.device)
-    _h_backward_kernel[launch.grid](
-        grads, rows, thirds, w.contiguous(), grad_z, grad_inputs, partial,
-        n, grads.stride(0), rows.stride(0), thirds.stride(0), eps, **launch.options,
-    )  # fmt: skip
+    with device_of(rows):
+        _h_backward_kernel[launch.grid](
+            grads, rows, thirds, w.contiguous(), grad_z, grad_inputs, partial,
+            n, grads.stride(0), rows.stride(0), thirds.stride(0), eps, **launch.options,
+        )  # fmt: skip
     # one fixed order of summation: the same gradients every time
     return grad_z, grad_inputs, partial.sum(0).to(w.dtype)
 

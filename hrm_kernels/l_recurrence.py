@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from hrm_kernels._backend import choose
 from hrm_kernels._checks import autocast, check_eps, check_shape, check_tensors, fail, shape
 from hrm_kernels._triton import (
+    device_of,
     dot_add,
     halve_for_silu,
     jit,
@@ -229,11 +230,12 @@ def _launch_forward(
     saved = torch.empty(z.shape if save else (0,), dtype=z.dtype, device=z.device)
     if rows.shape[0] > 0:
         launch = plan("l_forward", rows.shape[0], heads, size, rows)
-        _l_forward_kernel[launch.grid](
-            rows, contexts, w_gate.contiguous(), w_up.contiguous(), w_down.contiguous(), out, saved,
-            rows.shape[0], rows.stride(0), contexts.stride(0), heads * size, steps, steps - grad_steps, eps,
-            SAVE=save, **launch.options,
-        )  # fmt: skip
+        with device_of(rows):
+            _l_forward_kernel[launch.grid](
+                rows, contexts, w_gate.contiguous(), w_up.contiguous(), w_down.contiguous(), out, saved,
+                rows.shape[0], rows.stride(0), contexts.stride(0), heads * size, steps, steps - grad_steps, eps,
+                SAVE=save, **launch.options,
+            )  # fmt: skip
     return out, saved
 
 
@@ -264,12 +266,13 @@ def _launch_backward(
     tile = launch.options["BLOCK_N"] * launch.options["BLOCK_D"]  # type: ignore[operator]
     scratch_stride = grad_steps * tile if many else 0
     scratch = torch.empty(programs * heads * scratch_stride, dtype=z.dtype, device=z.device)
-    _l_backward_kernel[launch.grid](
-        grads, rows, contexts, w_gate.contiguous(), w_up.contiguous(), w_down.contiguous(),
-        out_z, out_context, partial, scratch,
-        n, grads.stride(0), rows.stride(0), contexts.stride(0), scratch_stride, grad_steps, eps,
-        MANY=many, GRAD_Z=grad_z, **launch.options,
-    )  # fmt: skip
+    with device_of(rows):
+        _l_backward_kernel[launch.grid](
+            grads, rows, contexts, w_gate.contiguous(), w_up.contiguous(), w_down.contiguous(),
+            out_z, out_context, partial, scratch,
+            n, grads.stride(0), rows.stride(0), contexts.stride(0), scratch_stride, grad_steps, eps,
+            MANY=many, GRAD_Z=grad_z, **launch.options,
+        )  # fmt: skip
     # one fixed order of summation: the same gradients every time
     return out_z, out_context, partial.sum(0).to(w_gate.dtype)
 
