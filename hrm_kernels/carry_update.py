@@ -238,6 +238,7 @@ def carry_update(
             state, steps, residual = carry_update_reference(halted, steps, old, new, init, eps=eps)
             return (state if out is None else out.copy_(state)), steps, residual
     # results carry no graph, and a custom operation has no gradient unless one is registered
+    over_old, over_new = out is old, out is new
     halted, steps, old, new, init = (tensor.detach() for tensor in (halted, steps, old, new, init))
     if not torch.compiler.is_compiling():  # the operations below cost an eager call 0.1 ms
         state = torch.empty(old.shape, dtype=old.dtype, device=old.device) if out is None else out
@@ -247,16 +248,12 @@ def carry_update(
         return state, *counts
     if out is None:
         return _carry(halted, steps, old, new, init, eps)
-    return out, *_in_place(halted, steps, old, new, init, out.detach(), eps)
-
-
-def _in_place(halted, steps, old, new, init, out, eps: float) -> tuple[Tensor, Tensor]:
-    """An operation may not take one tensor twice and write it, so each way to be in place has its own."""
-    if out.data_ptr() == old.data_ptr():
-        return _carry_over_old(halted, steps, old, new, init, eps)
-    if out.data_ptr() == new.data_ptr():
-        return _carry_over_new(halted, steps, old, new, init, eps)
-    return _carry_out(halted, steps, old, new, init, out, eps)
+    # an operation may not take one tensor twice and write it, so each way to be in place has its own
+    if over_old:
+        return out, *_carry_over_old(halted, steps, old, new, init, eps)
+    if over_new:
+        return out, *_carry_over_new(halted, steps, old, new, init, eps)
+    return out, *_carry_out(halted, steps, old, new, init, out.detach(), eps)
 
 
 def _check(halted, steps, old, new, init, out, eps: float) -> None:
