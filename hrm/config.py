@@ -48,9 +48,9 @@ class HRMConfig:
     h_mixer: str = "attention"
     """How positions mix in the H step: "attention" (causal, RoPE) or "none"."""
     attn_heads: int | None = None
-    """Query heads of the mixer; None: d_h // 64, at least 1."""
+    """Query heads of the mixer; None: d_h // 64, or the next number below that cuts d_h into even sizes."""
     attn_kv_heads: int | None = None
-    """Key/value heads of the mixer, a divisor of `attn_heads`; None: an eighth of them, at least 1."""
+    """Key/value heads of the mixer, a divisor of `attn_heads`; None: the largest of at most an eighth of them."""
     rope_theta: float = 10000.0
     """Base of the mixer's rotary position embedding."""
     segments: int = 1
@@ -86,9 +86,9 @@ class HRMConfig:
             if getattr(self, name) is not None:
                 self._check_count(name)
         if self.attn_heads is None:
-            self.attn_heads = max(1, self.d_h // 64)
+            self.attn_heads = _largest_divisor(self.d_h // 2, self.d_h // 64)
         if self.attn_kv_heads is None:
-            self.attn_kv_heads = max(1, self.attn_heads // 8)
+            self.attn_kv_heads = _largest_divisor(self.attn_heads, self.attn_heads // 8)
         self.max_segments = max(self.segments, self.max_segments)
 
     def _check_numbers(self) -> None:
@@ -125,6 +125,10 @@ class HRMConfig:
         for name in ("d_l", "d_h"):
             if getattr(self, name) % self.head_size:
                 self._fail(name, f"a multiple of head_size = {self.head_size}")
+        if self.h_mixer == "attention":
+            self._check_heads()
+
+    def _check_heads(self) -> None:
         assert self.attn_heads is not None and self.attn_kv_heads is not None  # filled in above
         if self.d_h % (2 * self.attn_heads):
             self._fail("attn_heads", f"a number that cuts d_h = {self.d_h} into heads of an even size")
@@ -141,6 +145,11 @@ class HRMConfig:
 
     def _fail(self, name: str, should: str) -> None:
         raise ValueError(f"HRMConfig: {name} is {getattr(self, name)!r}; it should be {should}")
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    """The largest divisor of `number` that is no larger than `limit`, at least 1."""
+    return next((candidate for candidate in range(limit, 1, -1) if number % candidate == 0), 1)
 
 
 def check_fused(fused: object) -> None:

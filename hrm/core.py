@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import hrm_kernels
 from hrm.attention import Mixing, SlotCache, mix, rotation, visible
 from hrm.config import HRMConfig, check_fused
+from hrm.inputs import check_beside, check_places
 
 Q_BIAS = -5.0  # both Q values start near "no": sigmoid(-5) < 1 %, so an untrained core never halts early
 # not cuDNN's: it plans anew for every length of the cache, 14 ms a token on an H100
@@ -217,7 +218,11 @@ class HRMCore(nn.Module):
                 exactly that many; in training with ACT it is the most that this call may run.
             counted: (B, S) bool, tokens that decide whether a row halts in training; None: all real ones.
             cache: slots of the tokens before these; this call's are added.
+
+        Raises:
+            ValueError: an argument is not as above; the message names it.
         """
+        self._check_inputs(h, attention_mask, position_ids, counted, past=0 if cache is None else cache.length)
         dtype = _compute_dtype(self, h)
         real = _real_tokens(attention_mask, h)
         if carry is None:
@@ -368,6 +373,20 @@ class HRMCore(nn.Module):
         return (z_l, z_h), counts_after.view_as(restart), torch.stack((moved_l, moved_h), -1).view(*restart.shape, 2)
 
     # ------------------------------------------------------------------------------------------------ helpers
+
+    def _check_inputs(
+        self, h: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, counted: Tensor | None, past: int
+    ) -> None:
+        width, device = self.config.hidden_size, self.w_x.device
+        if h.dim() != 3 or h.shape[-1] != width:
+            raise ValueError(f"h.shape is {tuple(h.shape)}; it should be (batch, tokens, {width})")
+        if not h.is_floating_point():
+            raise ValueError(f"h.dtype is {h.dtype}; it should be a floating-point type")
+        if h.device != device:
+            raise ValueError(f"h.device is {h.device}; it should be {device}, the device of the core")
+        check_places(h, attention_mask, position_ids, past)
+        if counted is not None:
+            check_beside(h, "counted", counted, tuple(h.shape[:2]), "(batch, tokens)")
 
     def _weights(self, dtype: torch.dtype) -> Weights:
         """All parameters and initial states in `dtype`: cast once a forward pass, with graph, for all its cycles."""

@@ -124,8 +124,8 @@ def masked_mean(values: Tensor, where: Tensor) -> Tensor:
 
 
 def next_token_targets(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """(B, S) labels -> the label that each position predicts; -100 at the last one and where either end is padding."""
-    targets = torch.full_like(labels, IGNORED)
+    """(B, S) labels -> the one that each position predicts, int64; -100 at the last and where either end is padding."""
+    targets = torch.full_like(labels, IGNORED, dtype=torch.int64)
     targets[:, :-1] = labels[:, 1:]
     if attention_mask is not None:
         real = attention_mask[:, -labels.shape[1] :].bool()

@@ -68,6 +68,17 @@ class HRMGemmaConfig(PreTrainedConfig):
         kwargs.setdefault("attn_implementation", backbone._attn_implementation)
         super().__init__(**kwargs)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers; the config of another kind of model is a ValueError, not one full of defaults."""
+        kind = config_dict.get("model_type", cls.model_type)
+        if kind != cls.model_type:
+            raise ValueError(
+                f"model_type is {kind!r}; it should be {cls.model_type!r}. "
+                "HRMGemmaForCausalLM.from_backbone puts a core on a plain language model."
+            )
+        return super().from_dict(config_dict, **kwargs)
+
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """The backbone's: its sizes are what generation and caches ask for."""
         return self.backbone.get_text_config(decoder=decoder, encoder=encoder)
@@ -166,8 +177,14 @@ class HRMGemmaForCausalLM(PreTrainedModel, GenerationMixin):
             lora: True, False, or a dict of `AdapterConfig`'s fields.
             dtype: of the backbone; None leaves it as it is stored. The core and the adapters are float32.
             from_pretrained_kwargs: passed to `AutoModelForCausalLM.from_pretrained` with a path.
+
+        Raises:
+            ValueError: the backbone is no plain causal language model, changes its head's logits, or has no
+                projections that the adapters can find.
         """
-        if isinstance(model_or_path, PreTrainedModel):
+        if isinstance(model_or_path, nn.Module):
+            if not isinstance(model_or_path, PreTrainedModel):
+                raise ValueError(f"backbone is a {type(model_or_path).__name__}; it should be a PreTrainedModel")
             if from_pretrained_kwargs:
                 raise ValueError(f"from_backbone: {sorted(from_pretrained_kwargs)} are for loading; a model was given")
             backbone = model_or_path if dtype is None else model_or_path.to(dtype=dtype)  # type: ignore[call-arg]
@@ -175,6 +192,8 @@ class HRMGemmaForCausalLM(PreTrainedModel, GenerationMixin):
             backbone = AutoModelForCausalLM.from_pretrained(
                 model_or_path, dtype=dtype or "auto", **from_pretrained_kwargs
             )
+        if isinstance(backbone, HRMGemmaForCausalLM):
+            raise ValueError("backbone has a core already; it should be a plain language model")
         _check_head(backbone)
         model = cls(HRMGemmaConfig(backbone=backbone.config, hrm=hrm, lora=lora), backbone=backbone)
         model.hrm.to(backbone.device)
@@ -199,7 +218,7 @@ class HRMGemmaForCausalLM(PreTrainedModel, GenerationMixin):
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """Writes config and safetensors; the folder holds the old checkpoint or the new one, never half of it."""
+        """Writes config and safetensors; what an interruption leaves is said at `save_atomically`."""
         self.config.hrm = self.hrm.config.to_dict()
         save_atomically(super().save_pretrained, Path(save_directory), *args, **kwargs)
 
@@ -210,11 +229,14 @@ class HRMGemmaForCausalLM(PreTrainedModel, GenerationMixin):
         return self
 
     def trainable_parameters(self) -> dict[str, list[nn.Parameter]]:
-        """What trains, by part: "core", "lora_low" and "lora_high" (empty without adapters)."""
+        """What trains, by part: "core", "lora_low" and "lora_high" (empty without adapters).
+
+        What the caller has unfrozen of the backbone is in a fourth part, "backbone".
+        """
         groups: dict[str, list[nn.Parameter]] = {"core": [], "lora_low": [], "lora_high": []}
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
-                groups["core" if name.startswith("hrm.") else f"lora_{name.split('.')[-2]}"].append(parameter)
+                groups.setdefault(_part(name), []).append(parameter)
         return groups
 
     def _freeze_backbone(self) -> None:
@@ -292,6 +314,7 @@ class HRMGemmaForCausalLM(PreTrainedModel, GenerationMixin):
         past_key_values = self._cache(past_key_values, use_cache)
         check_inputs(
             self.config.get_text_config(),
+            next(self.get_input_embeddings().parameters()).device,
             input_ids,
             inputs_embeds,
             attention_mask,
@@ -380,6 +403,13 @@ class HRMGemmaForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(f"cache_implementation is {kind!r}; it should be None or 'dynamic'")
         if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = HRMCache(self.config)
+
+
+def _part(parameter: str) -> str:
+    """The group of `trainable_parameters` that a parameter belongs to, by its name."""
+    if parameter.startswith("hrm."):
+        return "core"
+    return f"lora_{parameter.split('.')[-2]}" if ".lora_" in parameter else "backbone"
 
 
 def _loading_problems(info: dict[str, Any]) -> str:

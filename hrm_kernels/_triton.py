@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -213,15 +213,32 @@ def entries(kernel: str, capability: tuple[int, int]) -> Entries:
 
 def plan(kernel: str, n: int, heads: int, head_size: int, like: Tensor) -> Launch:
     """Chooses the configuration for `n` tokens of `heads` heads; programs loop over tiles, their weights on chip."""
-    units, capability = multiprocessors(like.device), _capability(like.device)
-    table = entries(kernel, capability)
-    many = table[like.element_size(), "many"]
-    enough = triton.cdiv(n, many.rows) * heads >= units
-    config = _overrides.get(kernel) or (many if enough else table[like.element_size(), "few"])
-    tiles = triton.cdiv(n, config.rows)
-    programs = max(1, min(tiles, units * config.programs // heads))
     exact = torch.get_float32_matmul_precision() == "highest"  # unless the user turned tf32 on
-    return Launch((heads, programs), kernel_options(config, head_size, like.dtype, exact))
+    return _plan(kernel, n, heads, head_size, like.dtype, like.device, _overrides.get(kernel), exact)
+
+
+@lru_cache(maxsize=4096)  # decoding asks the same again and again
+def _plan(
+    kernel: str,
+    n: int,
+    heads: int,
+    head_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    override: Config | None,
+    exact: bool,
+) -> Launch:
+    units = multiprocessors(device)
+    table = entries(kernel, _capability(device))
+    many = table[dtype.itemsize, "many"]
+    enough = ceil_div(n, many.rows) * heads >= units
+    config = override or (many if enough else table[dtype.itemsize, "few"])
+    programs = max(1, min(ceil_div(n, config.rows), units * config.programs // heads))
+    return Launch((heads, programs), kernel_options(config, head_size, dtype, exact))
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)  # triton.cdiv takes 10 microseconds
 
 
 @cache

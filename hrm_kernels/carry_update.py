@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hrm_kernels._backend import choose
 from hrm_kernels._checks import check_eps, check_shape, check_tensors, fail, shape
-from hrm_kernels._triton import device_of, jit, multiprocessors, tl, triton
+from hrm_kernels._triton import ceil_div, device_of, jit, multiprocessors, tl
 
 # ---------------------------------------------------------------------------------------------------- reference
 
@@ -135,9 +135,9 @@ def _launch(
         return new_steps, residual.zero_()
     old, new, flat = _flat(old), _flat(new), state.flatten(1)
     size = flat.shape[1]
-    parts = triton.cdiv(size, CHUNK) if rows < 4 * multiprocessors(old.device) else 1  # enough rows fill the device
+    parts = ceil_div(size, CHUNK) if rows < 4 * multiprocessors(old.device) else 1  # enough rows fill the device
     block = next((b for b in CARRY_BLOCKS if b >= size), CARRY_BLOCKS[-1])
-    chunk = triton.cdiv(triton.cdiv(size, parts), block) * block
+    chunk = ceil_div(ceil_div(size, parts), block) * block
     partial = torch.empty((rows, parts, 2) if parts > 1 else (0,), dtype=torch.float32, device=old.device)
     halted, steps, init = halted.contiguous(), steps.contiguous(), init.contiguous()
     with device_of(old):
