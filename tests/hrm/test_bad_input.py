@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from small_models import ACT, CORE, VOCABULARY
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hrm import HRMGemmaForCausalLM
+from hrm import HRMGemma3N, HRMGemmaConfig, HRMGemmaForCausalLM
 from hrm.loss import IGNORED
 
 LONGEST = 64
@@ -43,6 +43,12 @@ def model(make_model):
         ({"input_ids": torch.tensor([[1, VOCABULARY]])}, f"input_ids holds {VOCABULARY}; it should be from 0 to 255"),
         ({"input_ids": torch.tensor([[1, -2]])}, "input_ids holds -2"),
         ({"input_ids": torch.ones(1, LONGEST + 1, dtype=torch.long)}, "65 tokens long; the backbone allows 64"),
+        ({"input_ids": [[1, 2]]}, "input_ids is a list; it should be a tensor"),
+        (
+            {"input_ids": torch.ones(2, 3, dtype=torch.long, device="meta")},
+            "input_ids.device is meta; it should be cpu",
+        ),
+        ({"inputs_embeds": torch.zeros(2, 3, 64, device="meta")}, "inputs_embeds.device is meta; it should be cpu"),
         ({"inputs_embeds": torch.zeros(2, 3, 65)}, r"inputs_embeds.shape is \(2, 3, 65\); it should be"),
     ],
 )
@@ -58,6 +64,7 @@ def test_unusable_tokens_are_named(model, arguments, message):
         ({"attention_mask": torch.ones(2, 1, 12, 12)}, "attention_mask.shape is"),
         ({"attention_mask": {"full_attention": None}}, "attention_mask is a dict"),
         ({"position_ids": torch.arange(11)[None]}, r"position_ids.shape is \(1, 11\)"),
+        ({"position_ids": torch.tensor(3)}, r"position_ids.shape is \(\); it should be \(2, 12\)"),
         ({"labels": torch.ones(2, 11, dtype=torch.long)}, r"labels.shape is \(2, 11\); it should be \(2, 12\)"),
         ({"labels": torch.full((2, 12), VOCABULARY)}, f"labels holds {VOCABULARY}"),
         ({"labels": torch.full((2, 12), -1)}, "labels holds -1"),
@@ -133,6 +140,10 @@ def test_labels_all_ignored_give_a_loss_of_zero(model, ids, training):
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
 
 
+def test_labels_may_be_int32(model, ids):
+    assert torch.equal(model(ids, labels=ids.int()).loss, model(ids, labels=ids).loss)
+
+
 def test_one_token_has_nothing_to_predict(model):
     assert model(torch.ones(1, 1, dtype=torch.long), labels=torch.ones(1, 1, dtype=torch.long)).loss.item() == 0
 
@@ -154,12 +165,29 @@ def test_a_head_that_does_more_to_its_logits_is_refused():
     assert backbone.training
 
 
+def test_a_model_with_a_core_is_no_backbone():
+    with pytest.raises(ValueError, match="backbone has a core already"):
+        HRMGemmaForCausalLM.from_backbone(HRMGemma3N(), hrm=CORE)
+
+
+def test_a_module_that_is_no_language_model_is_refused():
+    with pytest.raises(ValueError, match="backbone is a Linear; it should be a PreTrainedModel"):
+        HRMGemmaForCausalLM.from_backbone(torch.nn.Linear(2, 2))
+
+
 def test_loading_arguments_are_refused_with_a_model_at_hand(model):
     with pytest.raises(ValueError, match=r"\['revision'\] are for loading"):
         HRMGemmaForCausalLM.from_backbone(model.backbone, revision="main")
 
 
 # ---------------------------------------------------------------------------------------------------- checkpoints
+
+
+@pytest.mark.parametrize("cls", [HRMGemmaForCausalLM, HRMGemmaConfig])
+def test_a_plain_models_checkpoint_is_refused(model, tmp_path, cls):
+    model.config.backbone.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"model_type is 'gemma3_text'; it should be 'hrm_gemma'.*from_backbone"):
+        cls.from_pretrained(tmp_path)
 
 
 def test_a_checkpoint_that_lacks_tensors_is_an_error_that_lists_them(model, tmp_path):
@@ -222,6 +250,14 @@ def test_saving_again_in_other_pieces_leaves_nothing_stale(model, ids, tmp_path)
         model.hrm.w_out.zero_()
     model.save_pretrained(tmp_path, max_shard_size="200KB")
     assert HRMGemmaForCausalLM.from_pretrained(tmp_path).hrm.w_out.count_nonzero() == 0
+
+
+def test_saving_removes_nobody_elses_weights(model, tmp_path):
+    (tmp_path / "model_best.safetensors").write_text("a user's")
+    model.save_pretrained(tmp_path, max_shard_size="200KB")
+    shards = set(os.listdir(tmp_path))
+    model.save_pretrained(tmp_path, variant="other")
+    assert shards | {"model.other.safetensors"} == set(os.listdir(tmp_path))
 
 
 def test_a_process_that_writes_nothing_removes_nothing(model, tmp_path):

@@ -13,6 +13,17 @@ def test_defaults_are_those_of_the_design():
     assert config.fused == "auto"
 
 
+@pytest.mark.parametrize("d_h", [48, 208, 1088, 1600, 3840, 5376])
+def test_any_width_has_heads_by_default(d_h):
+    config = HRMConfig(d_h=d_h, head_size=16)
+    assert 1 <= config.attn_heads <= max(1, d_h // 64)
+    assert 1 <= config.attn_kv_heads <= max(1, config.attn_heads // 8)
+
+
+def test_without_a_mixer_its_heads_do_not_matter():
+    assert HRMConfig(d_h=15, d_l=9, head_size=3, h_mixer="none").d_h == 15
+
+
 def test_survives_json():
     config = HRMConfig(d_l=128, d_h=256, act=True, max_segments=4, fused=False)
     assert HRMConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config

@@ -343,7 +343,27 @@ def test_an_empty_batch_is_no_error(h):
         assert not out.residuals.any()
 
 
-# ---------------------------------------------------------------------------------------------------- bad carries
+# ---------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda h: h[..., 1:], r"h.shape is \(2, 5, 23\); it should be \(batch, tokens, 24\)"),
+        (lambda h: h[0], r"h.shape is \(5, 24\)"),
+        (lambda h: h.long(), "h.dtype is torch.int64; it should be a floating-point type"),
+        (lambda h: h.to("meta"), "h.device is meta; it should be cpu"),
+    ],
+)
+def test_hidden_states_that_do_not_fit_are_named(h, change, message):
+    with pytest.raises(ValueError, match=message):
+        make_core()(change(h))
+
+
+@pytest.mark.parametrize("name", ["attention_mask", "position_ids", "counted"])
+def test_what_does_not_fit_the_hidden_states_is_named(h, name):
+    with pytest.raises(ValueError, match=rf"{name}.shape is \(2, 4\); it should be \(2, 5\)"):
+        make_core()(h, **{name: torch.ones(BATCH, TOKENS - 1, dtype=torch.long)})
 
 
 @pytest.mark.parametrize(

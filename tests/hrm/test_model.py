@@ -185,6 +185,16 @@ def test_without_adapters_only_the_core_trains(make_model, ids):
     assert model.hrm.w_x.grad is not None
 
 
+def test_what_the_caller_unfreezes_is_a_part_of_its_own(make_model, ids):
+    model = make_model("qwen3")
+    weight = model.get_output_embeddings().weight.requires_grad_(True)
+    groups = model.trainable_parameters()
+    assert [p is weight for p in groups.pop("backbone")] == [True]
+    assert {id(weight)}.isdisjoint(id(p) for group in groups.values() for p in group)
+    model(ids, labels=ids).loss.backward()
+    assert weight.grad.any()
+
+
 def test_saved_activations_do_not_grow_with_cycles_or_steps(make_model, ids):
     def saved(**hrm):
         torch.manual_seed(0)
