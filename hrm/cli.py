@@ -144,9 +144,12 @@ def _defaults(verb: Verb, overrides: Sequence[str]) -> Mapping[str, Any]:
 def _run(verb: Verb, settings: Any) -> int:
     _quiet()
     from hrm.train import Interrupted, TrainingError
+    from hrm_kernels import BackendError
 
     try:
         verb.run(settings)
+    except BackendError as error:
+        raise UsageError(f"hrm.fused=true: {error}") from error
     except TrainingError as error:
         print(f"hrm: {error}", file=sys.stderr)
         return 1

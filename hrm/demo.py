@@ -34,12 +34,21 @@ def demo_backbone(say: Callable[[str], None] = lambda message: None) -> Path:
         say: told what takes time.
 
     Raises:
-        UsageError: the extra is not installed, or in another version; too little disk space; a damaged file.
+        UsageError: the extra is not installed, or in another version; too little disk space, or a cache folder that
+            cannot be written to; a damaged file.
     """
     target = cache_folder() / f"gemma-3-270m-{SHA256[:8]}"
     if target.is_dir():
         return target
     check_extra()
+    try:
+        _make(target, say)
+    except OSError as error:
+        raise UsageError(f"{target.parent} cannot be written to: {error}; HRM_HOME names another folder") from error
+    return target
+
+
+def _make(target: Path, say: Callable[[str], None]) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     check_space(target.parent)
     with tempfile.TemporaryDirectory(prefix=".converting-", dir=target.parent) as work:
@@ -48,7 +57,6 @@ def demo_backbone(say: Callable[[str], None] = lambda message: None) -> Path:
         converted = Path(work) / "model"
         convert(source, converted)
         _move(converted, target)
-    return target
 
 
 def check_extra() -> None:

@@ -12,7 +12,7 @@ from transformers import set_seed
 from hrm.data import Template, first_line
 from hrm.evaluate import Depth, answer
 from hrm.modeling import HRMGemmaForCausalLM
-from hrm.settings import DataSection, UsageError
+from hrm.settings import DataSection, UsageError, check_generation, check_length
 from hrm.train import load_tokenizer
 
 
@@ -20,8 +20,9 @@ def answer_all(settings: Any, prompts: TextIO, answers: TextIO, notes: TextIO) -
     """Writes the answer to `settings.prompt`, or to each line of `prompts`; how deep the core went goes to `notes`.
 
     Raises:
-        UsageError: no run or checkpoint there, or an empty prompt.
+        UsageError: a setting that makes no sense, no run or checkpoint there, or a prompt that is empty or too long.
     """
+    check_generation(settings)
     if settings.run is None:
         raise UsageError("run is missing; it should be a run folder or a checkpoint: run=runs/quickstart-...")
     checkpoint, template = find_checkpoint(Path(settings.run))
@@ -35,9 +36,11 @@ def answer_all(settings: Any, prompts: TextIO, answers: TextIO, notes: TextIO) -
     for line in prompts if settings.prompt is None else [settings.prompt]:
         if not line.strip():
             raise UsageError("the prompt is empty; it should be text")
-        texts = [template.question(line.rstrip("\n"))]
+        question = template.question(line.rstrip("\n"))
+        tokens = len(tokenizer(question)["input_ids"]) + settings.max_new_tokens
+        check_length("the prompt with its answer", tokens, model, "Shorten the prompt or max_new_tokens.")
         with Depth(model) as depth:
-            (text,) = answer(model, tokenizer, texts, **generation)
+            (text,) = answer(model, tokenizer, [question], **generation)
         print(text, file=answers, flush=True)
         print(f"segments used: {depth.mean:.2f} a token", file=notes, flush=True)
 

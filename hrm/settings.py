@@ -305,6 +305,21 @@ def check_training(settings: Any) -> None:
     lora_dict(settings.lora)
 
 
+def check_generation(settings: Any) -> None:
+    """Raises a UsageError that names the first key of `hrm generate` whose value makes no sense."""
+    _require(settings, "max_new_tokens", lambda value: value >= 1, "at least 1")
+    _require(settings, "temperature", lambda value: value >= 0, "at least 0")
+    _require(settings, "hrm.segments", lambda value: value is None or value >= 1, "at least 1, or null")
+    _require(settings, "hrm.fused", lambda value: value in (True, False, "auto"), "true, false or auto")
+
+
+def check_length(what: str, tokens: int, model: Any, remedy: str) -> None:
+    """Raises a UsageError where `what`, of `tokens` tokens, is longer than the backbone of `model` allows."""
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and tokens > longest:
+        raise UsageError(f"{what} may take {tokens} tokens; the backbone allows {longest}. {remedy}")
+
+
 def _require(settings: Any, name: str, test: Any, should: str) -> None:
     value = OmegaConf.select(settings, name)
     if not test(value):

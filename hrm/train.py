@@ -21,13 +21,13 @@ from accelerate import Accelerator
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
 from hrm import report
 from hrm.data import Encoded, Template, batches, encode, first_line, load_problems
 from hrm.evaluate import Evaluation, commonest_answer, evaluate
 from hrm.modeling import HRMGemmaForCausalLM, HRMOutput
-from hrm.settings import UsageError, check_training, default_backbone, hrm_config, lora_dict
+from hrm.settings import UsageError, check_length, check_training, default_backbone, hrm_config, lora_dict
 
 BETAS = (0.9, 0.95)  # of AdamW, as in arXiv 2506.21734
 
@@ -59,9 +59,13 @@ def fine_tune(settings: Any, console: Console) -> Path:
     problems = load_problems(settings.data, settings.train.seed)
     tokenizer = load_tokenizer(backbone)
     rows = encode(problems.train, template, tokenizer, settings.data.max_length)
-    encode(problems.held_out, template, tokenizer, settings.data.max_length)  # only for its checks
+    held_out = encode(problems.held_out, template, tokenizer, settings.data.max_length)
     with console.status(f"Loading {backbone}"):
         model = load_model(backbone, settings)
+    longest = max(len(row.prompt) + len(row.answer) for row in rows)
+    check_length("a row of the training data", longest, model, "Lower data.max_length to find it.")
+    longest = max(len(row.prompt) for row in held_out) + settings.eval.max_new_tokens
+    check_length("a held-out problem with its answer", longest, model, "Lower eval.max_new_tokens.")
     run = Run.create(settings, tokenizer)
     report.print_start(console, model, backbone, len(rows), len(problems.held_out), run.folder)
 
@@ -106,18 +110,17 @@ def load_model(backbone: str, settings: Any) -> HRMGemmaForCausalLM:
     """A fresh core and adapters, drawn from the seed, on the backbone: bfloat16 on CUDA, float32 elsewhere."""
     set_seed(settings.train.seed)
     cuda = torch.cuda.is_available()
+    hrm, lora = hrm_config(settings.hrm), lora_dict(settings.lora)
     try:
-        if AutoConfig.from_pretrained(backbone).model_type == HRMGemmaForCausalLM.config_class.model_type:
-            raise UsageError(f"hrm.backbone is {backbone!r}, which has a core already; it should be a plain backbone")
         return HRMGemmaForCausalLM.from_backbone(
             backbone,
-            hrm=hrm_config(settings.hrm),
-            lora=lora_dict(settings.lora),
+            hrm=hrm,
+            lora=lora,
             dtype=torch.bfloat16 if cuda else torch.float32,
             device_map="cuda" if cuda else None,
         )
-    except OSError as error:
-        raise UsageError(f"hrm.backbone is {backbone!r}, and cannot be loaded: {first_line(error)}") from error
+    except (OSError, ValueError) as error:
+        raise UsageError(f"hrm.backbone is {backbone!r}, and cannot be used: {first_line(error)}") from error
 
 
 @dataclass
@@ -133,12 +136,15 @@ class Run:
 
     @classmethod
     def create(cls, settings: Any, tokenizer: PreTrainedTokenizerBase) -> Run:
-        """Makes runs/<name>-<time> and writes its config.yaml."""
+        """Makes runs/<name>-<time> and writes its config.yaml; a UsageError where there is no making it."""
         stem = f"{settings.run.name}-{datetime.now():%Y%m%d-%H%M%S}"
         names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
         folder = next(path for name in names if not (path := Path(settings.run.folder) / name).exists())
-        folder.mkdir(parents=True)
-        OmegaConf.save(settings, folder / "config.yaml")
+        try:
+            folder.mkdir(parents=True)
+            OmegaConf.save(settings, folder / "config.yaml")
+        except OSError as error:
+            raise UsageError(f"run.folder is {settings.run.folder!r}, and cannot be written to: {error}") from error
         return cls(folder, tokenizer)
 
     @property

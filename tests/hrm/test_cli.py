@@ -152,6 +152,20 @@ def test_training_without_a_backbone(monkeypatch, capsys):
     assert "hrm.backbone=NAME_OR_PATH, or HRM_MODEL_PATH" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("temperature=-1", "temperature is -1.0; it should be at least 0"),
+        ("max_new_tokens=0", "max_new_tokens is 0; it should be at least 1"),
+        ("hrm.segments=0", "hrm.segments is 0; it should be at least 1, or null"),
+        ("hrm.fused=maybe", "hrm.fused is 'maybe'; it should be true, false or auto"),
+    ],
+)
+def test_wrong_settings_of_generate_are_one_line_and_status_2(tmp_path, capsys, override, message):
+    assert main(["generate", f"run={tmp_path}", "prompt=x", override]) == 2
+    assert capsys.readouterr().err == f"hrm: {message}\n"
+
+
 def test_generating_without_a_checkpoint(tmp_path, capsys):
     assert main(["generate", f"run={tmp_path}", "prompt=x"]) == 2
     assert "holds no checkpoint" in capsys.readouterr().err

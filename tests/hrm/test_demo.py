@@ -55,6 +55,14 @@ def test_too_little_disk_space(installed, monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_cache_folder_that_cannot_be_written_to(installed, monkeypatch, tmp_path):
+    installed(**{demo.PACKAGE: demo.VERSION, "gguf": "0.19.0"})
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HRM_HOME", str(tmp_path / "file"))
+    with pytest.raises(UsageError, match=r"file cannot be written to: .*; HRM_HOME names another folder"):
+        demo.demo_backbone()
+
+
 def test_an_interrupted_conversion_leaves_nothing(installed, monkeypatch, tmp_path):
     installed(**{demo.PACKAGE: demo.VERSION, "gguf": "0.19.0"})
     monkeypatch.setenv("HRM_HOME", str(tmp_path))

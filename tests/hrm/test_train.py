@@ -13,6 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 from tiny_backbone import TINY_CORE, save_tiny_backbone
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from hrm import HRMGemmaForCausalLM
 from hrm.cli import main
@@ -152,12 +153,48 @@ def test_failures_are_one_line_and_status_1(settings, capsys):
     [
         ("hrm.backbone=no/such/model/anywhere", "hrm.backbone is 'no/such/model/anywhere'"),
         ("data.max_length=3", r"rows.jsonl:\d+: prompt and answer have"),
+        ("eval.max_new_tokens=512", "a held-out problem with its answer may take 515 tokens; the backbone allows 512"),
     ],
 )
 def test_what_cannot_be_trained_is_said_before_a_run_folder_is_made(settings, tmp_path, override, message):
     with pytest.raises(UsageError, match=message):
         run(settings(override))
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_folder_that_cannot_be_made_is_named(settings, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match=r"run.folder is '.*file', and cannot be written to"):
+        run(settings(f"run.folder={tmp_path / 'file'}"))
+
+
+def test_a_backbone_that_the_adapters_do_not_fit_is_one_line_and_status_2(settings, backbone, tmp_path, capsys):
+    config = AutoConfig.for_model("gpt2", vocab_size=300, n_embd=32, n_layer=1, n_head=2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gpt2")
+    load_tokenizer(str(backbone)).save_pretrained(tmp_path / "gpt2")
+    assert main(["train", *settings(f"hrm.backbone={tmp_path / 'gpt2'}")]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"hrm: hrm.backbone is '{tmp_path / 'gpt2'}', and cannot be used: lora: no attention")
+
+
+def test_rows_longer_than_the_backbone_allows_are_refused(settings):
+    with pytest.raises(UsageError, match=r"a row of the training data may take 51\d tokens; the backbone allows 512"):
+        run(settings("data.template={prompt}" + 512 * "." + "{answer}", "data.max_length=600"))
+
+
+def test_kernels_that_cannot_run_are_one_line_and_status_2(settings, capsys):
+    core = ["hrm.d_l=128", "hrm.d_h=128", "hrm.head_size=128", "hrm.fused=true"]
+    assert main(["train", *settings(*core)]) == 2
+    assert capsys.readouterr().err.startswith(
+        'hrm: hrm.fused=true: l_recurrence: backend="triton" cannot run here: head'
+    )
+
+
+def test_a_prompt_that_leaves_no_room_for_an_answer_is_refused(settings, capsys):
+    folder = run(settings())
+    assert main(["generate", f"run={folder}", "prompt=1?", "max_new_tokens=512"]) == 2
+    message = "the prompt with its answer may take 514 tokens; the backbone allows 512"
+    assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_trained_checkpoint_is_no_backbone(settings):
