@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeVar
@@ -107,10 +108,10 @@ class HRMConfig:
             if getattr(self, name) > getattr(self, limit):
                 self._fail(name, f"from 1 to {limit} = {getattr(self, limit)}")
         for name in ("rope_theta", "norm_eps"):
-            if not (self._is_number(name) and getattr(self, name) > 0):
-                self._fail(name, "a number above 0")
-        if not (self._is_number("q_loss_weight") and self.q_loss_weight >= 0):
-            self._fail("q_loss_weight", "a number, at least 0")
+            if not (is_number(getattr(self, name)) and getattr(self, name) > 0):
+                self._fail(name, "a finite number above 0")
+        if not (is_number(self.q_loss_weight) and self.q_loss_weight >= 0):
+            self._fail("q_loss_weight", "a finite number, at least 0")
 
     def _check_choices(self) -> None:
         if self.l_reset not in ("carry", "init"):
@@ -135,9 +136,6 @@ class HRMConfig:
         if self.attn_heads % self.attn_kv_heads:
             self._fail("attn_kv_heads", f"a divisor of attn_heads = {self.attn_heads}")
 
-    def _is_number(self, name: str) -> bool:
-        return isinstance(getattr(self, name), int | float) and not isinstance(getattr(self, name), bool)
-
     def _check_count(self, name: str) -> None:
         value = getattr(self, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -145,6 +143,11 @@ class HRMConfig:
 
     def _fail(self, name: str, should: str) -> None:
         raise ValueError(f"HRMConfig: {name} is {getattr(self, name)!r}; it should be {should}")
+
+
+def is_number(value: object) -> bool:
+    """Whether `value` is a finite int or float, and no bool."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _largest_divisor(number: int, limit: int) -> int:

@@ -182,6 +182,8 @@ class HRMCore(nn.Module):
         self, carry: HRMCarry, rows_shape: tuple[int, int], device: torch.device, dtype: torch.dtype
     ) -> None:
         """Raises a ValueError that names the part of `carry` that does not fit, or that holds a NaN or infinity."""
+        if not isinstance(carry, HRMCarry):
+            raise ValueError(f"carry is a {type(carry).__name__}; it should be an HRMCarry")
         expected = self.initial_carry(rows_shape, device, dtype)
         for name, tensor, like in zip(HRMCarry._fields, carry, expected, strict=True):
             for what in ("shape", "dtype", "device"):

@@ -10,7 +10,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from hrm.config import from_mapping
+from hrm.config import from_mapping, is_number
 
 # Names that decoders in transformers give their projections; two parts where one alone would be ambiguous.
 ATTENTION = (
@@ -52,7 +52,7 @@ class AdapterConfig:
             rank = getattr(self, name)
             if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
                 raise ValueError(f"AdapterConfig: {name} is {rank!r}; it should be a whole number, at least 1")
-        if not 0 <= self.dropout < 1:
+        if not (is_number(self.dropout) and 0 <= self.dropout < 1):
             raise ValueError(f"AdapterConfig: dropout is {self.dropout!r}; it should be from 0 to below 1")
 
     @classmethod

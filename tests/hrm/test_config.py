@@ -54,6 +54,7 @@ def test_max_segments_is_at_least_segments():
         ("attn_kv_heads", 7, "a divisor of attn_heads = 64"),
         ("rope_theta", 0, "above 0"),
         ("norm_eps", float("nan"), "above 0"),
+        ("norm_eps", float("inf"), "a finite number"),
         ("q_loss_weight", -0.5, "at least 0"),
         ("act", 1, "True or False"),
         ("fused", "yes", "True, False or 'auto'"),

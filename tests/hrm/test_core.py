@@ -384,6 +384,11 @@ def test_a_carry_that_does_not_fit_is_named(h, field, change, message):
         core(h, carry=carry._replace(**{field: change(getattr(carry, field))}))
 
 
+def test_what_is_no_carry_is_named(h):
+    with pytest.raises(ValueError, match="carry is a Tensor; it should be an HRMCarry"):
+        make_core()(h, carry=h)
+
+
 @pytest.mark.parametrize("segments", [0, -1, 1.5])
 def test_a_wrong_number_of_segments_is_named(h, segments):
     with pytest.raises(ValueError, match=f"segments is {segments}; it should be a whole number"):

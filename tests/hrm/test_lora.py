@@ -100,6 +100,7 @@ def test_a_decoder_without_linear_modules_says_so():
         ({"low_rank": 0}, "low_rank is 0; it should be a whole number, at least 1"),
         ({"high_rank": 2.5}, "high_rank is 2.5"),
         ({"dropout": 1.0}, "dropout is 1.0; it should be from 0 to below 1"),
+        ({"dropout": "a little"}, "dropout is 'a little'; it should be from 0 to below 1"),
         ({"rank": 4}, "no field 'rank'; the nearest is 'low_rank'"),
     ],
 )

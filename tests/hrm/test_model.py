@@ -238,6 +238,14 @@ def test_switching_fused_changes_no_logit(make_model, ids, device):
     torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-3)
 
 
+def test_the_whole_model_compiles_into_one_graph(make_model, kind, ids):
+    model = make_model(kind, segments=2, fused=False)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(ids).logits, model(ids).logits)
+
+
 # ---------------------------------------------------------------------------------------------------- saving
 
 
