@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
 
 from hrm_kernels import compile_table
 
@@ -45,13 +46,17 @@ def test_every_configuration_fits_a_block(architecture):
     assert not too_big, f"over sm_{architecture}'s {limit} bytes a block: {too_big}"
 
 
-# Bytes a thread that the backward kernels spill on an sm_86, bf16: they hold three D x D sums beside a tile, and ptxas
-# keeps shared-memory addresses besides. A bound, not a wish: it may only fall. docs/kernels.md says more.
+# Bytes a thread that kernels spill on an sm_86 in bf16. The backward ones hold three D x D sums beside a tile, and how much
+# of the rest ptxas keeps in registers depends on Triton's version: bounds for the one that docs/compile_table.md is of.
+# They may only fall. docs/kernels.md says more.
 SPILLED_ON_SM_86 = {"l_forward": 0, "l_backward_one": 104, "l_backward_many": 0, "h_forward": 0, "h_backward": 160}
 
 
 @pytest.mark.parametrize("kernel", SPILLED_ON_SM_86)
 def test_what_the_default_widths_run_on_an_sm_86_spills_no_more_than_documented(kernel):
+    documented = re.search(r"Triton (\d+\.\d+)", TABLE.read_text()).group(1)
+    if SPILLED_ON_SM_86[kernel] and not triton.__version__.startswith(documented + "."):
+        pytest.skip(f"documented for Triton {documented}; this is {triton.__version__}")
     names = [c.name for c in compile_table.cases(86, dtypes=[torch.bfloat16]) if c.name.startswith(f"{kernel} many")]
     assert names
     spills = {name: compiled(86)[name, "torch.bfloat16"][2] for name in names}
