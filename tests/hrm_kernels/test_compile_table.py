@@ -46,9 +46,9 @@ def test_every_configuration_fits_a_block(architecture):
     assert not too_big, f"over sm_{architecture}'s {limit} bytes a block: {too_big}"
 
 
-# Bytes a thread that kernels spill on an sm_86 in bf16. The backward ones hold three D x D sums beside a tile, and how much
-# of the rest ptxas keeps in registers depends on Triton's version: bounds for the one that docs/compile_table.md is of.
-# They may only fall. docs/kernels.md says more.
+# Bytes a thread that kernels spill on an sm_86 in bf16. The backward ones hold three D x D sums beside a tile, and how
+# much of the rest ptxas keeps in registers depends on Triton's version: these are bounds for the one that
+# docs/compile_table.md was made with. They may only fall. docs/kernels.md says more.
 SPILLED_ON_SM_86 = {"l_forward": 0, "l_backward_one": 104, "l_backward_many": 0, "h_forward": 0, "h_backward": 160}
 
 
