@@ -1,0 +1,324 @@
+"""Puzzles as arrays: the set, its file, augmentation on the fly, and batches that are a function of seed and step."""
+
+from __future__ import annotations
+
+import csv
+import os
+import tempfile
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hrm.settings import UsageError
+
+IGNORED = -100  # label of a position that no loss counts, in batches
+TASKS = ("sudoku", "maze", "arc")
+
+
+@dataclass(frozen=True)
+class PuzzleSet:
+    """N puzzles of one task on grids of S = rows * columns cells.
+
+    Raises:
+        ValueError: an array has another shape or dtype, or ids outside the vocabulary; the message names it.
+    """
+
+    task: str  # one of TASKS
+    inputs: NDArray[np.uint8]  # (N, S): ids from 1; 0 is padding
+    labels: NDArray[np.uint8]  # (N, S): ids from 1; 0 is ignored by the loss
+    groups: NDArray[np.int32]  # (N,): the puzzle that a row is an example of
+    puzzle_ids: NDArray[np.int32]  # (N,): index of the puzzle embedding; 0 where the task has none
+    vocab_size: int
+    side: tuple[int, int]  # rows, columns
+    num_puzzle_ids: int = 1
+    names: tuple[str, ...] = ()  # of puzzle ids, where they have any
+
+    def __post_init__(self) -> None:
+        rows, cells = len(self.inputs), self.side[0] * self.side[1]
+        if self.task not in TASKS:
+            raise ValueError(f"task is {self.task!r}; it should be one of {', '.join(TASKS)}")
+        for name, shape, dtype in (("inputs", (rows, cells), np.uint8), ("labels", (rows, cells), np.uint8),
+                                   ("groups", (rows,), np.int32), ("puzzle_ids", (rows,), np.int32)):  # fmt: skip
+            array = getattr(self, name)
+            if array.shape != shape or array.dtype != dtype:
+                raise ValueError(f"{name} is {array.dtype}{array.shape}; it should be {np.dtype(dtype)}{shape}")
+        for name, limit in (("inputs", self.vocab_size), ("labels", self.vocab_size),
+                            ("puzzle_ids", self.num_puzzle_ids)):  # fmt: skip
+            array = getattr(self, name)
+            if rows and not 0 <= array.min() <= array.max() < limit:
+                raise ValueError(f"{name} has ids from {array.min()} to {array.max()}; they should be below {limit}")
+        if self.names and len(self.names) != self.num_puzzle_ids:
+            raise ValueError(
+                f"names has {len(self.names)} entries; it should have num_puzzle_ids={self.num_puzzle_ids}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def subset(self, indices: NDArray[np.integer] | Sequence[int] | slice) -> PuzzleSet:
+        """The rows at `indices`; puzzle ids and their names stay as they are."""
+        rows = {name: getattr(self, name)[indices] for name in ("inputs", "labels", "groups", "puzzle_ids")}
+        others = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in rows}
+        return PuzzleSet(**rows, **others)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes one compressed .npz; the file is there whole or, after a failure, as it was before."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                np.savez_compressed(file, **{f.name: np.asarray(getattr(self, f.name)) for f in fields(self)})
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> PuzzleSet:
+        """Reads what `save` wrote; never unpickles.
+
+        Raises:
+            UsageError: no such file, no .npz, or not the arrays of a PuzzleSet; the message names file and array.
+        """
+        arrays = read_npz(path)
+        if missing := [f.name for f in fields(cls) if f.name not in arrays]:
+            raise UsageError(f"{path}: no array {missing[0]!r}; it has {', '.join(arrays) or 'none'}")
+        try:
+            return cls(
+                task=str(arrays["task"]),
+                vocab_size=int(arrays["vocab_size"]),
+                num_puzzle_ids=int(arrays["num_puzzle_ids"]),
+                side=tuple(int(n) for n in arrays["side"]),  # type: ignore[arg-type]
+                names=tuple(str(name) for name in arrays["names"]),
+                **{name: arrays[name] for name in ("inputs", "labels", "groups", "puzzle_ids")},  # type: ignore[arg-type]
+            )
+        except (ValueError, TypeError, IndexError) as error:
+            raise UsageError(f"{path}: {error}") from error
+
+
+def read_npz(path: str | os.PathLike[str]) -> dict[str, NDArray]:
+    """The arrays of a .npz file.
+
+    Raises:
+        UsageError: no such file, no .npz, or one that holds pickled objects.
+    """
+    if not Path(path).is_file():
+        raise UsageError(f"{path} is no file")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+        raise UsageError(f"{path} is no .npz file of plain arrays ({error})") from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+# ------------------------------------------------------------------------------------------------ reading any file
+
+
+class TextRow(NamedTuple):
+    """One puzzle of a text file."""
+
+    source: str  # where it stands, for messages: "file.csv:3"
+    question: str
+    answer: str | None
+    rating: int | None
+
+
+def load_puzzles(path: str | os.PathLike[str], task: str | None = None, *, check_unique: bool = True) -> PuzzleSet:
+    """The puzzles of a .npz, .csv or .txt file, every one checked.
+
+    Args:
+        path: a `PuzzleSet`, or the arrays `inputs` and `labels` of published mazes (.npz); columns `question`,
+            `answer` and, if there, `rating` (.csv); one puzzle a line without answer (.txt).
+        task: "sudoku" or "maze"; None: as the file says, or by the symbols of its first row. A `PuzzleSet` of another
+            task than this is refused.
+        check_unique: whether sudokus of which the file has the answer are searched for a second one.
+
+    Raises:
+        UsageError: no such file, a puzzle that is not as it should be; with file and line number.
+    """
+    from hrm.puzzle import maze, sudoku
+
+    path = Path(path)
+    if path.suffix == ".npz":
+        return _load_npz(path, task)
+    rows = list(read_rows(path))
+    if not rows:
+        raise UsageError(f"{path} has no rows")
+    if (task or guess_task(rows[0].question)) == "maze":
+        return maze.from_rows(rows)
+    return sudoku.from_rows(rows, check_unique=check_unique).puzzles
+
+
+def _load_npz(path: Path, task: str | None) -> PuzzleSet:
+    from hrm.puzzle import maze
+
+    arrays = read_npz(path)
+    puzzles = maze.from_arrays(arrays, path) if set(arrays) == {"inputs", "labels"} else PuzzleSet.load(path)
+    if task not in (None, puzzles.task):
+        raise UsageError(f"{path} holds puzzles of the task {puzzles.task!r}; it should hold {task!r}")
+    return puzzles
+
+
+def guess_task(question: str) -> str:
+    """The task that a question in text belongs to: only mazes have walls."""
+    return "maze" if "#" in question else "sudoku"
+
+
+def read_rows(path: Path) -> Iterator[TextRow]:
+    """The rows of a .csv or .txt file; empty lines are passed over.
+
+    Raises:
+        UsageError: no such file, no text, or a row without question or answer; with file and line number.
+    """
+    if not path.is_file():
+        raise UsageError(f"{path} is no file")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: no valid UTF-8 ({error.reason} at byte {error.start})") from error
+    if path.suffix != ".csv":
+        yield from (TextRow(f"{path}:{n}", line, None, None) for n, line in enumerate(lines, 1) if line.strip())
+        return
+    reader = csv.DictReader(lines)
+    for row in reader:
+        yield text_row(row, f"{path}:{reader.line_num}")
+
+
+def text_row(row: dict[str, str | None], source: str) -> TextRow:
+    """A row with the columns question, answer and, if there, rating; errors as in `read_rows`."""
+    for column in ("question", "answer"):
+        if not isinstance(row.get(column), str):
+            there = ", ".join(str(name) for name in row if name is not None)
+            raise UsageError(f"{source}: no {column!r}; it has {there or 'no columns'}")
+    rating = row.get("rating")
+    try:
+        number = None if rating in (None, "") else int(rating)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise UsageError(f"{source}: 'rating' is {rating!r}; it should be a whole number") from error
+    return TextRow(source, row["question"] or "", row["answer"] or "", number)
+
+
+# ------------------------------------------------------------------------------------------------ batches
+
+
+class Augmenter(Protocol):
+    """Turns examples into others that are as true, without looking at the answer's meaning."""
+
+    def augment(
+        self, inputs: NDArray[np.uint8], labels: NDArray[np.uint8], rng: np.random.Generator
+    ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        """Each row of `inputs` and `labels` (B, S) changed by a change of its own, drawn from `rng`."""
+        ...
+
+
+def augmenter_of(puzzles: PuzzleSet) -> Augmenter:
+    """The augmentation that the published training runs use for the set's task."""
+    from hrm.puzzle import maze, sudoku
+
+    if puzzles.task == "sudoku":
+        return sudoku.SudokuAugmenter(puzzles.side[0])
+    return maze.MazeAugmenter(puzzles.side)
+
+
+class BatchStream:
+    """Batches without end; `batch(step)` is a function of seed and step alone, so that any step can be resumed at.
+
+    A pass visits every group once, in an order drawn from (seed, pass); a visit shows all rows of one of the group's
+    puzzle ids, drawn anew in every pass, in random order. Batches cross from pass to pass, so all are full.
+
+    Args:
+        puzzles: what is shown; every puzzle id of a group has as many rows as the group's others.
+        batch_size: rows in a batch, which may be more than a pass has.
+        seed: of order and augmentation.
+        augment: whether rows are changed as the published training runs do.
+
+    Raises:
+        ValueError: no puzzles, a batch size below 1, or puzzle ids of one group with unequal numbers of rows.
+    """
+
+    def __init__(self, puzzles: PuzzleSet, batch_size: int, seed: int, augment: bool = True) -> None:
+        if not len(puzzles):
+            raise ValueError("puzzles is empty; it should have at least one")
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it should be at least 1")
+        self.puzzles, self.batch_size, self.seed = puzzles, batch_size, seed
+        self._augmenter = augmenter_of(puzzles) if augment else None
+        self._groups = _index(puzzles)
+        self.rows_per_pass = int(self._groups.size.sum())
+        self._order = lru_cache(maxsize=2)(self._order_of)
+
+    def batch(self, step: int) -> dict[str, NDArray[np.int32]]:
+        """The rows of optimizer step `step`, from 0.
+
+        Returns:
+            inputs (B, S) int32, labels (B, S) int32 with -100 where ignored, puzzle_identifiers (B,) int32.
+        """
+        rows = self.rows(step)
+        inputs, labels = self.puzzles.inputs[rows], self.puzzles.labels[rows]
+        if self._augmenter is not None:
+            inputs, labels = self._augmenter.augment(inputs, labels, np.random.default_rng([self.seed, 1, step]))
+        return as_batch(inputs, labels, self.puzzles.puzzle_ids[rows])
+
+    def rows(self, step: int) -> NDArray[np.int64]:
+        """The rows of the set (B,) that step `step` shows."""
+        first = step * self.batch_size
+        passes, place = np.divmod(np.arange(first, first + self.batch_size), self.rows_per_pass)
+        return np.concatenate([self._order(int(n))[place[passes == n]] for n in np.unique(passes)])
+
+    def _order_of(self, number: int) -> NDArray[np.int64]:
+        """The rows of pass `number` (rows_per_pass,) in the order in which they are shown."""
+        rng = np.random.default_rng([self.seed, 0, number])
+        groups = self._groups
+        order = rng.permutation(len(groups.size))
+        puzzle = (
+            groups.first[order] + (rng.random(len(order)) * groups.puzzles[order]).astype(np.int64) * groups.size[order]
+        )
+        size = groups.size[order]
+        visit = np.repeat(np.arange(len(order)), size)
+        shuffled = np.lexsort((rng.random(len(visit)), visit))  # within each visit
+        within = shuffled - np.repeat(np.cumsum(size) - size, size)
+        return groups.rows[puzzle[visit] + within]
+
+
+class _Groups(NamedTuple):
+    rows: NDArray[np.int64]  # (N,) rows of the set, sorted by group and puzzle id
+    first: NDArray[np.int64]  # (G,) where each group starts among them
+    puzzles: NDArray[np.int64]  # (G,) puzzle ids of each group
+    size: NDArray[np.int64]  # (G,) rows of each puzzle id
+
+
+def _index(puzzles: PuzzleSet) -> _Groups:
+    rows = np.lexsort((np.arange(len(puzzles)), puzzles.puzzle_ids, puzzles.groups))
+    keys = np.stack([puzzles.groups[rows], puzzles.puzzle_ids[rows]])
+    _, ids = np.unique(keys, axis=1, return_counts=True)
+    pairs = np.unique(keys, axis=1)
+    names, start, count = np.unique(pairs[0], return_index=True, return_counts=True)
+    size = ids[start]
+    if uneven := np.flatnonzero(np.repeat(size, count) != ids).tolist():
+        group = pairs[0][uneven[0]]
+        raise ValueError(f"group {group} has puzzle ids with unequal numbers of rows; they should be equal")
+    first = np.searchsorted(keys[0], names)
+    return _Groups(rows, first, count, size)
+
+
+def as_batch(
+    inputs: NDArray[np.uint8], labels: NDArray[np.uint8], puzzle_ids: NDArray[np.int32]
+) -> dict[str, NDArray[np.int32]]:
+    """What the model takes, as `BatchStream.batch` returns it."""
+    wanted = labels.astype(np.int32)
+    wanted[labels == 0] = IGNORED
+    return {"inputs": inputs.astype(np.int32), "labels": wanted, "puzzle_identifiers": puzzle_ids.astype(np.int32)}
