@@ -5,18 +5,40 @@ Equation (per sequence b and channel c; x_c = x[b, :, c] is a column of L positi
     g = W_g x_c ;  u = W_u x_c                      (I,)
     v = x_c + W_d (silu(g) * u)                     (L,)
     y[b, :, c] = v / sqrt(mean(v^2) + eps)          mean over the L positions, no weight
+
+A program holds one sequence's tile of channels, all its positions, and walks over chunks of I: neither x transposed nor
+the I hidden values of a channel reach memory. Nothing is saved without graph; with it x, y and the norm's scale are.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from hrm_kernels._backend import BackendError, choose
 from hrm_kernels._checks import autocast, check_eps, check_shape, check_tensors, fail, shape
+from hrm_kernels._triton import (
+    _capability,
+    _math,
+    ceil_div,
+    device_of,
+    dot_add,
+    halve_for_silu,
+    jit,
+    multiprocessors,
+    sigmoid,
+    silu_times,
+    tl,
+)
 
-MAX_LENGTH = 128  # positions whose states, products and gradients fit one block of an sm_86
+MAX_LENGTH = 128  # positions of a tile that, with a chunk of the weights, fits one block of an sm_86
 
 # ---------------------------------------------------------------------------------------------------- reference
 
@@ -34,6 +56,507 @@ def token_mixer_reference(
     v = columns + F.linear(F.silu(g) * u, w_down)
     wide = v if v.dtype == torch.float64 else v.float()
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype).transpose(1, 2)
+
+
+# ---------------------------------------------------------------------------------------------------- Triton kernels
+
+# Blocks are powers of two, so the L positions come in two parts, PART1 >= PART2: 81 in 64 + 32, not in 128. PART2 is 0
+# where one part holds them all.
+
+
+@jit
+def _pack_kernel(
+    gate_up_ptr, down_ptr, packed_ptr,
+    inner, padded_inner, gate_up_stride, down_stride,
+    LENGTH: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, MATH: tl.constexpr,
+):  # fmt: skip
+    """Lays the weights out as (gate, up, down transposed), each (padded I, PADDED) and zero past I and L: rows of 81
+    or 97 elements are not aligned, and can be loaded only one element at a time."""
+    which = tl.program_id(1)
+    rows = tl.program_id(0) * 16 + tl.arange(0, 16)[:, None]
+    columns = tl.arange(0, BLOCK)[None, :]
+    inside = (rows < inner) & (columns < LENGTH)
+    if which == 2:
+        values = tl.load(down_ptr + columns.to(tl.int64) * down_stride + rows, mask=inside, other=0.0)
+    else:
+        source = (which * inner + rows).to(tl.int64) * gate_up_stride + columns
+        values = tl.load(gate_up_ptr + source, mask=inside, other=0.0)
+        if which == 0:
+            values = halve_for_silu(values, MATH)
+    mask = (rows < padded_inner) & (columns < PADDED)
+    tl.store(packed_ptr + (which * padded_inner + rows) * PADDED + columns, values, mask=mask)
+
+
+@jit
+def _tile(tile, batch_stride, stride, width, FIRST: tl.constexpr, PART: tl.constexpr, LENGTH: tl.constexpr,
+          CHANNELS: tl.constexpr):  # fmt: skip
+    """Offsets (int64) and mask of positions [FIRST, FIRST + PART) of the tile's sequence and channels."""
+    blocks = tl.cdiv(width, CHANNELS)
+    positions = FIRST + tl.arange(0, PART)
+    channels = (tile % blocks) * CHANNELS + tl.arange(0, CHANNELS)
+    start = (tile // blocks).to(tl.int64) * batch_stride
+    offsets = start + positions.to(tl.int64)[:, None] * stride + channels[None, :]
+    return offsets, (positions < LENGTH)[:, None] & (channels < width)[None, :]
+
+
+@jit
+def _scales(tile, width, CHANNELS: tl.constexpr):
+    """Offsets (int64) and mask of the tile's channels in (B, d)."""
+    blocks = tl.cdiv(width, CHANNELS)
+    channels = (tile % blocks) * CHANNELS + tl.arange(0, CHANNELS)
+    return (tile // blocks).to(tl.int64) * width + channels, channels < width
+
+
+@jit
+def _weights(packed_ptr, first, FIRST: tl.constexpr, PART: tl.constexpr, PADDED: tl.constexpr, INNER: tl.constexpr):
+    """Rows [first, first + INNER) and columns [FIRST, FIRST + PART) of one of the packed weights."""
+    return tl.load(packed_ptr + (first + tl.arange(0, INNER))[:, None] * PADDED + FIRST + tl.arange(0, PART)[None, :])
+
+
+@jit
+def _root(squares, eps, LENGTH: tl.constexpr, MATH: tl.constexpr):
+    """1 / sqrt(mean + eps) of sums of LENGTH squares."""
+    mean = squares * (1.0 / LENGTH) + eps
+    if MATH == "exact":
+        return tl.div_rn(tl.full(mean.shape, 1.0, tl.float32), tl.sqrt_rn(mean))
+    return tl.rsqrt(mean)
+
+
+@jit
+def _mixer_forward_kernel(
+    x_ptr, packed_ptr, out_ptr, scale_ptr,
+    width, padded_inner, x_batch_stride, x_stride, eps,
+    SAVE: tl.constexpr, LENGTH: tl.constexpr, PART1: tl.constexpr, PART2: tl.constexpr,
+    CHANNELS: tl.constexpr, INNER: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, MATH: tl.constexpr,
+):  # fmt: skip
+    """Rows are channels: the products of one dot are, in registers, the left operand of the next."""
+    PADDED: tl.constexpr = PART1 + PART2
+    tile = tl.program_id(0)
+    matrix = padded_inner * PADDED
+    offsets, mask = _tile(tile, x_batch_stride, x_stride, width, 0, PART1, LENGTH, CHANNELS)
+    x1 = tl.trans(tl.load(x_ptr + offsets, mask=mask, other=0.0))
+    v1 = x1.to(tl.float32)
+    if PART2 > 0:
+        offsets, mask = _tile(tile, x_batch_stride, x_stride, width, PART1, PART2, LENGTH, CHANNELS)
+        x2 = tl.trans(tl.load(x_ptr + offsets, mask=mask, other=0.0))
+        v2 = x2.to(tl.float32)
+    for first in tl.range(0, padded_inner, INNER, num_stages=STAGES):
+        g = tl.dot(x1, tl.trans(_weights(packed_ptr, first, 0, PART1, PADDED, INNER)), input_precision=PRECISION)
+        if PART2 > 0:
+            gate2 = _weights(packed_ptr, first, PART1, PART2, PADDED, INNER)
+            g = dot_add(x2, tl.trans(gate2), g, PRECISION, MATH)
+        up1 = _weights(packed_ptr + matrix, first, 0, PART1, PADDED, INNER)
+        u = tl.dot(x1, tl.trans(up1), input_precision=PRECISION)
+        if PART2 > 0:
+            up2 = _weights(packed_ptr + matrix, first, PART1, PART2, PADDED, INNER)
+            u = dot_add(x2, tl.trans(up2), u, PRECISION, MATH)
+        hidden = silu_times(g, u, MATH).to(x1.dtype)
+        down1 = _weights(packed_ptr + 2 * matrix, first, 0, PART1, PADDED, INNER)
+        v1 = dot_add(hidden, down1, v1, PRECISION, MATH)
+        if PART2 > 0:
+            down2 = _weights(packed_ptr + 2 * matrix, first, PART1, PART2, PADDED, INNER)
+            v2 = dot_add(hidden, down2, v2, PRECISION, MATH)
+    squares = tl.sum(v1 * v1, 1)
+    if PART2 > 0:
+        squares += tl.sum(v2 * v2, 1)
+    scale = _root(squares, eps, LENGTH, MATH)
+    if SAVE:
+        offsets, mask = _scales(tile, width, CHANNELS)
+        tl.store(scale_ptr + offsets, scale, mask=mask)
+    offsets, mask = _tile(tile, LENGTH * width, width, width, 0, PART1, LENGTH, CHANNELS)
+    tl.store(out_ptr + offsets, tl.trans((v1 * scale[:, None]).to(x1.dtype)), mask=mask)
+    if PART2 > 0:
+        offsets, mask = _tile(tile, LENGTH * width, width, width, PART1, PART2, LENGTH, CHANNELS)
+        tl.store(out_ptr + offsets, tl.trans((v2 * scale[:, None]).to(x1.dtype)), mask=mask)
+
+
+@jit
+def _slopes(g, u, grad_hidden, MATH: tl.constexpr):
+    """silu(g) * u and the gradients of g and u, given that of the first."""
+    s = sigmoid(g, MATH)
+    silu = g * s
+    return silu * u, grad_hidden * u * (s + silu * (1.0 - s)), grad_hidden * silu
+
+
+@jit
+def _mixer_backward_x_kernel(
+    grad_ptr, x_ptr, out_ptr, scale_ptr, packed_ptr, grad_v_ptr, grad_x_ptr,
+    width, padded_inner, grad_batch_stride, grad_stride, x_batch_stride, x_stride, eps,
+    LENGTH: tl.constexpr, PART1: tl.constexpr, PART2: tl.constexpr,
+    CHANNELS: tl.constexpr, INNER: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, MATH: tl.constexpr,
+):  # fmt: skip
+    """Gradients of v, which the weights' gradients are made of, and of x; recomputes g and u."""
+    PADDED: tl.constexpr = PART1 + PART2
+    tile = tl.program_id(0)
+    matrix = padded_inner * PADDED
+    dtype = x_ptr.dtype.element_ty
+    offsets, mask = _scales(tile, width, CHANNELS)
+    scale = tl.load(scale_ptr + offsets, mask=mask, other=0.0)
+    own, mask = _tile(tile, LENGTH * width, width, width, 0, PART1, LENGTH, CHANNELS)
+    offsets, _ = _tile(tile, grad_batch_stride, grad_stride, width, 0, PART1, LENGTH, CHANNELS)
+    grad1 = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    y1 = tl.load(out_ptr + own, mask=mask, other=0.0).to(tl.float32)
+    product, squares = tl.sum(grad1 * y1, 0), tl.sum(y1 * y1, 0)
+    if PART2 > 0:
+        own2, mask2 = _tile(tile, LENGTH * width, width, width, PART1, PART2, LENGTH, CHANNELS)
+        offsets, _ = _tile(tile, grad_batch_stride, grad_stride, width, PART1, PART2, LENGTH, CHANNELS)
+        grad2 = tl.load(grad_ptr + offsets, mask=mask2, other=0.0).to(tl.float32)
+        y2 = tl.load(out_ptr + own2, mask=mask2, other=0.0).to(tl.float32)
+        product += tl.sum(grad2 * y2, 0)
+        squares += tl.sum(y2 * y2, 0)
+    # mean(grad * y) as it would be had y not been rounded: the mean of its squares is 1 - eps * scale^2
+    along = (product / tl.maximum(squares, 1e-30) * (1.0 - eps * scale * scale))[None, :]
+    scale = scale[None, :]
+    if PART2 > 0:
+        grad2 = scale * (grad2 - y2 * along)  # of v
+        tl.store(grad_v_ptr + own2, grad2.to(dtype), mask=mask2)
+        low2 = tl.trans(grad2.to(dtype))
+        grad2 = tl.trans(grad2)
+        offsets, _ = _tile(tile, x_batch_stride, x_stride, width, PART1, PART2, LENGTH, CHANNELS)
+        x2 = tl.trans(tl.load(x_ptr + offsets, mask=mask2, other=0.0))
+    grad1 = scale * (grad1 - y1 * along)
+    tl.store(grad_v_ptr + own, grad1.to(dtype), mask=mask)
+    low1 = tl.trans(grad1.to(dtype))
+    grad1 = tl.trans(grad1)
+    offsets, _ = _tile(tile, x_batch_stride, x_stride, width, 0, PART1, LENGTH, CHANNELS)
+    x1 = tl.trans(tl.load(x_ptr + offsets, mask=mask, other=0.0))
+    for first in tl.range(0, padded_inner, INNER, num_stages=STAGES):
+        gate1 = _weights(packed_ptr, first, 0, PART1, PADDED, INNER)
+        up1 = _weights(packed_ptr + matrix, first, 0, PART1, PADDED, INNER)
+        down1 = _weights(packed_ptr + 2 * matrix, first, 0, PART1, PADDED, INNER)
+        g = tl.dot(x1, tl.trans(gate1), input_precision=PRECISION)
+        u = tl.dot(x1, tl.trans(up1), input_precision=PRECISION)
+        grad_hidden = tl.dot(low1, tl.trans(down1), input_precision=PRECISION)
+        if PART2 > 0:
+            gate2 = _weights(packed_ptr, first, PART1, PART2, PADDED, INNER)
+            up2 = _weights(packed_ptr + matrix, first, PART1, PART2, PADDED, INNER)
+            down2 = _weights(packed_ptr + 2 * matrix, first, PART1, PART2, PADDED, INNER)
+            g = dot_add(x2, tl.trans(gate2), g, PRECISION, MATH)
+            u = dot_add(x2, tl.trans(up2), u, PRECISION, MATH)
+            grad_hidden = dot_add(low2, tl.trans(down2), grad_hidden, PRECISION, MATH)
+        _, grad_g, grad_u = _slopes(g, u, grad_hidden, MATH)
+        grad_g, grad_u = grad_g.to(dtype), grad_u.to(dtype)
+        grad1 = dot_add(grad_g, gate1, grad1, PRECISION, MATH)
+        grad1 = dot_add(grad_u, up1, grad1, PRECISION, MATH)
+        if PART2 > 0:
+            grad2 = dot_add(grad_g, gate2, grad2, PRECISION, MATH)
+            grad2 = dot_add(grad_u, up2, grad2, PRECISION, MATH)
+    own, mask = _tile(tile, LENGTH * width, width, width, 0, PART1, LENGTH, CHANNELS)
+    tl.store(grad_x_ptr + own, tl.trans(grad1.to(dtype)), mask=mask)
+    if PART2 > 0:
+        own, mask = _tile(tile, LENGTH * width, width, width, PART1, PART2, LENGTH, CHANNELS)
+        tl.store(grad_x_ptr + own, tl.trans(grad2.to(dtype)), mask=mask)
+
+
+@jit
+def _mixer_backward_w_kernel(
+    x_ptr, grad_v_ptr, packed_ptr, partial_ptr,
+    tiles, width, padded_inner, x_batch_stride, x_stride,
+    LENGTH: tl.constexpr, PART1: tl.constexpr, PART2: tl.constexpr,
+    CHANNELS: tl.constexpr, INNER: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, MATH: tl.constexpr,
+):  # fmt: skip
+    """Weight gradients of INNER of the I rows over this program's share of the tiles; they stay on chip until the end.
+
+    Rows are hidden values here, so again the products of one dot are the left operand of the next."""
+    PADDED: tl.constexpr = PART1 + PART2
+    first = tl.program_id(0) * INNER
+    matrix = padded_inner * PADDED
+    gate1 = _weights(packed_ptr, first, 0, PART1, PADDED, INNER)
+    up1 = _weights(packed_ptr + matrix, first, 0, PART1, PADDED, INNER)
+    down1 = _weights(packed_ptr + 2 * matrix, first, 0, PART1, PADDED, INNER)
+    dtype = gate1.dtype
+    grad_gate1 = tl.zeros((INNER, PART1), tl.float32)
+    grad_up1 = tl.zeros((INNER, PART1), tl.float32)
+    grad_down1 = tl.zeros((INNER, PART1), tl.float32)
+    if PART2 > 0:
+        gate2 = _weights(packed_ptr, first, PART1, PART2, PADDED, INNER)
+        up2 = _weights(packed_ptr + matrix, first, PART1, PART2, PADDED, INNER)
+        down2 = _weights(packed_ptr + 2 * matrix, first, PART1, PART2, PADDED, INNER)
+        grad_gate2 = tl.zeros((INNER, PART2), tl.float32)
+        grad_up2 = tl.zeros((INNER, PART2), tl.float32)
+        grad_down2 = tl.zeros((INNER, PART2), tl.float32)
+    for tile in tl.range(tl.program_id(1), tiles, tl.num_programs(1), num_stages=STAGES):
+        offsets, mask = _tile(tile, x_batch_stride, x_stride, width, 0, PART1, LENGTH, CHANNELS)
+        x1 = tl.load(x_ptr + offsets, mask=mask, other=0.0)
+        offsets, mask = _tile(tile, LENGTH * width, width, width, 0, PART1, LENGTH, CHANNELS)
+        grad_v1 = tl.load(grad_v_ptr + offsets, mask=mask, other=0.0)
+        g = tl.dot(gate1, x1, input_precision=PRECISION)
+        u = tl.dot(up1, x1, input_precision=PRECISION)
+        grad_hidden = tl.dot(down1, grad_v1, input_precision=PRECISION)
+        if PART2 > 0:
+            offsets, mask = _tile(tile, x_batch_stride, x_stride, width, PART1, PART2, LENGTH, CHANNELS)
+            x2 = tl.load(x_ptr + offsets, mask=mask, other=0.0)
+            offsets, mask = _tile(tile, LENGTH * width, width, width, PART1, PART2, LENGTH, CHANNELS)
+            grad_v2 = tl.load(grad_v_ptr + offsets, mask=mask, other=0.0)
+            g = dot_add(gate2, x2, g, PRECISION, MATH)
+            u = dot_add(up2, x2, u, PRECISION, MATH)
+            grad_hidden = dot_add(down2, grad_v2, grad_hidden, PRECISION, MATH)
+        hidden, grad_g, grad_u = _slopes(g, u, grad_hidden, MATH)
+        hidden, grad_g, grad_u = hidden.to(dtype), grad_g.to(dtype), grad_u.to(dtype)
+        grad_gate1 = dot_add(grad_g, tl.trans(x1), grad_gate1, PRECISION, MATH)
+        grad_up1 = dot_add(grad_u, tl.trans(x1), grad_up1, PRECISION, MATH)
+        grad_down1 = dot_add(hidden, tl.trans(grad_v1), grad_down1, PRECISION, MATH)
+        if PART2 > 0:
+            grad_gate2 = dot_add(grad_g, tl.trans(x2), grad_gate2, PRECISION, MATH)
+            grad_up2 = dot_add(grad_u, tl.trans(x2), grad_up2, PRECISION, MATH)
+            grad_down2 = dot_add(hidden, tl.trans(grad_v2), grad_down2, PRECISION, MATH)
+    # (programs, 3, padded I, PADDED)
+    partial = partial_ptr + tl.program_id(1).to(tl.int64) * 3 * matrix
+    rows = (first + tl.arange(0, INNER))[:, None] * PADDED
+    columns = tl.arange(0, PART1)[None, :]
+    tl.store(partial + rows + columns, grad_gate1)
+    tl.store(partial + matrix + rows + columns, grad_up1)
+    tl.store(partial + 2 * matrix + rows + columns, grad_down1)
+    if PART2 > 0:
+        columns = PART1 + tl.arange(0, PART2)[None, :]
+        tl.store(partial + rows + columns, grad_gate2)
+        tl.store(partial + matrix + rows + columns, grad_up2)
+        tl.store(partial + 2 * matrix + rows + columns, grad_down2)
+
+
+# ---------------------------------------------------------------------------------------------------- launch table
+
+
+@dataclass(frozen=True)
+class MixerConfig:
+    """How one kernel is launched: channels of a tile, rows of I in a chunk, warps of a program, loads under way at
+    once, programs wanted on each multiprocessor (`mixer_backward_w`), and the most registers a thread may take."""
+
+    channels: int
+    inner: int
+    warps: int
+    stages: int = 2
+    programs: int = 1
+    registers: int | None = None
+
+
+Entries = dict[tuple[int, str], MixerConfig]
+
+# {kernel: {(bytes of an element, "short" or "long" sequences, of which the second part has 64 positions): config}}
+MIXER_TABLE: dict[str, Entries] = {
+    "mixer_forward": {
+        (2, "short"): MixerConfig(64, 32, 4),
+        (2, "long"): MixerConfig(64, 32, 4),
+        (4, "short"): MixerConfig(16, 16, 4, 1),
+        (4, "long"): MixerConfig(16, 16, 4, 1),
+    },
+    "mixer_backward_x": {
+        (2, "short"): MixerConfig(64, 32, 4),
+        (2, "long"): MixerConfig(64, 16, 4),
+        (4, "short"): MixerConfig(16, 16, 4, 1),
+        (4, "long"): MixerConfig(16, 16, 4, 1),
+    },
+    "mixer_backward_w": {
+        (2, "short"): MixerConfig(32, 64, 8, 2),
+        (2, "long"): MixerConfig(32, 64, 8, 2),
+        (4, "short"): MixerConfig(16, 16, 4, 1),
+        (4, "long"): MixerConfig(16, 16, 4, 1),
+    },
+}
+# What replaces entries from sm_90 on, whose matrix units want 64 rows a warpgroup
+MIXER_HOPPER: dict[str, Entries] = {
+    "mixer_forward": {(2, "short"): MixerConfig(128, 64, 8), (2, "long"): MixerConfig(128, 64, 8)},
+    "mixer_backward_x": {(2, "short"): MixerConfig(128, 32, 8), (2, "long"): MixerConfig(128, 32, 8)},
+    "mixer_backward_w": {(2, "short"): MixerConfig(64, 64, 8), (2, "long"): MixerConfig(64, 64, 8)},
+}
+_overrides: dict[str, MixerConfig] = {}
+
+
+@contextmanager
+def override_mixer_config(**configs: MixerConfig) -> Iterator[None]:
+    """Launches the named kernels (keys of `MIXER_TABLE`) with other configurations inside the `with` block.
+
+    Raises:
+        ValueError: a name is no kernel of the table.
+    """
+    for name in configs:
+        if name not in MIXER_TABLE:
+            should = ", ".join(MIXER_TABLE)
+            raise ValueError(f"override_mixer_config: {name!r} is no kernel; it should be one of {should}")
+    previous = dict(_overrides)
+    _overrides.update(configs)
+    try:
+        yield
+    finally:
+        _overrides.clear()
+        _overrides.update(previous)
+
+
+@cache
+def mixer_entries(kernel: str, capability: tuple[int, int]) -> Entries:
+    """The launch table of one kernel on a device of this compute capability."""
+    return MIXER_TABLE[kernel] | (MIXER_HOPPER.get(kernel, {}) if capability >= (9, 0) else {})
+
+
+@cache
+def parts(length: int) -> tuple[int, int]:
+    """The powers of two, 16 or more, that the positions are split into; the second is 0 where one holds them all."""
+    first = next(size for size in (16, 32, 64) if size >= min(length, 64))
+    return first, next(size for size in (0, 16, 32, 64) if first + size >= length)
+
+
+@cache
+def mixer_options(config: MixerConfig, length: int, dtype: torch.dtype, exact: bool = True) -> dict[str, object]:
+    """The compile-time constants and launch options that the kernels of `MIXER_TABLE` take."""
+    first, second = parts(length)
+    return {
+        "LENGTH": length,
+        "PART1": first,
+        "PART2": second,
+        "CHANNELS": config.channels,
+        "INNER": config.inner,
+        "STAGES": config.stages,
+        "PRECISION": "tf32" if dtype == torch.float32 and not exact else "ieee",
+        "MATH": _math(dtype),
+        "num_warps": config.warps,
+        "maxnreg": config.registers,
+        "enable_fp_fusion": True,
+    }
+
+
+def _configuration(kernel: str, x: Tensor) -> tuple[MixerConfig, dict[str, object]]:
+    length = x.shape[1]
+    reach = "long" if parts(length)[1] == 64 else "short"
+    table = mixer_entries(kernel, _capability(x.device))
+    config = _overrides.get(kernel) or table[x.dtype.itemsize, reach]
+    exact = torch.get_float32_matmul_precision() == "highest"  # unless the user turned tf32 on
+    return config, mixer_options(config, length, x.dtype, exact)
+
+
+# ---------------------------------------------------------------------------------------------------- autograd
+
+
+def _unit_stride(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _pack(w_gate_up: Tensor, w_down: Tensor, chunk: int, halve: bool) -> Tensor:
+    """(3, padded I, padded L): gate (halved for `silu_times`, if `halve`), up and down transposed. A few microseconds:
+    done for each call, as weights change with each optimizer step."""
+    gate_up, down = _unit_stride(w_gate_up), _unit_stride(w_down)
+    length, inner = w_down.shape
+    padded, rows = sum(parts(length)), ceil_div(inner, chunk) * chunk
+    packed = torch.empty((3, rows, padded), dtype=w_down.dtype, device=w_down.device)
+    _pack_kernel[ceil_div(rows, 16), 3](
+        gate_up, down, packed, inner, rows, gate_up.stride(0), down.stride(0),
+        LENGTH=length, PADDED=padded, BLOCK=128 if padded > 64 else padded,
+        MATH=_math(w_down.dtype) if halve else "plain",
+    )  # fmt: skip
+    return packed
+
+
+def _launch_forward(
+    x: Tensor, w_gate_up: Tensor, w_down: Tensor, eps: float, save: bool
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Launches the forward; returns y and, if `save`, the norm's scale (B, d)."""
+    batch, _, width = x.shape
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    scale = torch.empty((batch, width) if save else (0,), dtype=torch.float32, device=x.device)
+    if x.numel() > 0:
+        config, options = _configuration("mixer_forward", x)
+        states = _unit_stride(x)
+        with device_of(x):
+            packed = _pack(w_gate_up, w_down, config.inner, halve=True)
+            _mixer_forward_kernel[(batch * ceil_div(width, config.channels),)](
+                states, packed, out, scale,
+                width, packed.shape[1], states.stride(0), states.stride(1), eps, SAVE=save, **options,
+            )  # fmt: skip
+    return out, scale
+
+
+_mixer_forward = torch.library.custom_op("hrm::token_mixer", _launch_forward, mutates_args=())
+
+
+@_mixer_forward.register_fake
+def _(x, w_gate_up, w_down, eps, save):
+    shape = (x.shape[0], x.shape[2]) if save else (0,)
+    return x.new_empty(x.shape), x.new_empty(shape, dtype=torch.float32)
+
+
+def _launch_backward(
+    grad: Tensor, x: Tensor, w_gate_up: Tensor, w_down: Tensor, out: Tensor, scale: Tensor,
+    eps: float, grad_w: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, w_gate_up and w_down; the last two are empty unless `grad_w`."""
+    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    empty = x.new_empty(0), x.new_empty(0)
+    if x.numel() == 0:
+        return grad_x, *((torch.zeros_like(w_gate_up), torch.zeros_like(w_down)) if grad_w else empty)
+    batch, _, width = x.shape
+    config, options = _configuration("mixer_backward_x", x)
+    grads, states = _unit_stride(grad), _unit_stride(x)
+    grad_v = torch.empty_like(grad_x)
+    with device_of(x):
+        packed = _pack(w_gate_up, w_down, config.inner, halve=False)
+        _mixer_backward_x_kernel[(batch * ceil_div(width, config.channels),)](
+            grads, states, out, scale, packed, grad_v, grad_x,
+            width, packed.shape[1], grads.stride(0), grads.stride(1), states.stride(0), states.stride(1), eps,
+            **options,
+        )  # fmt: skip
+        if not grad_w:
+            return grad_x, *empty
+        return grad_x, *_weight_gradients(states, grad_v, w_gate_up, w_down)
+
+
+def _weight_gradients(x: Tensor, grad_v: Tensor, w_gate_up: Tensor, w_down: Tensor) -> tuple[Tensor, Tensor]:
+    batch, length, width = x.shape
+    inner = w_down.shape[1]
+    config, options = _configuration("mixer_backward_w", x)
+    packed = _pack(w_gate_up, w_down, config.inner, halve=False)
+    chunks = packed.shape[1] // config.inner
+    tiles = batch * ceil_div(width, config.channels)
+    shares = max(1, min(tiles, multiprocessors(x.device) * config.programs // chunks))
+    partial = torch.empty((shares, *packed.shape), dtype=torch.float32, device=x.device)
+    _mixer_backward_w_kernel[chunks, shares](
+        x, grad_v, packed, partial, tiles, width, packed.shape[1], x.stride(0), x.stride(1), **options
+    )
+    # one fixed order of summation: the same gradients every time
+    gate_up_down = partial.sum(0)[:, :inner, :length].to(x.dtype)
+    return gate_up_down[:2].reshape(2 * inner, length), gate_up_down[2].t().contiguous()
+
+
+_mixer_backward = torch.library.custom_op("hrm::token_mixer_backward", _launch_backward, mutates_args=())
+
+
+@_mixer_backward.register_fake
+def _(grad, x, w_gate_up, w_down, out, scale, eps, grad_w):
+    shapes = (w_gate_up.shape, w_down.shape) if grad_w else ((0,), (0,))
+    return x.new_empty(x.shape), *(x.new_empty(shape) for shape in shapes)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.eps = inputs[3]
+    ctx.save_for_backward(*inputs[:3], *output)
+
+
+def _gradients(launch, ctx, grad):
+    """Gradients of the arguments of `_launch_forward`; `launch` is `_launch_backward` or the operation made of it."""
+    if grad is None:
+        return (None,) * 5
+    needs = ctx.needs_input_grad[:3]
+    gradients = launch(grad, *ctx.saved_tensors, ctx.eps, needs[1] or needs[2])
+    return *(g if need else None for g, need in zip(gradients, needs, strict=True)), None, None
+
+
+_mixer_forward.register_autograd(
+    lambda ctx, grad, _: _gradients(_mixer_backward, ctx, grad), setup_context=_setup_context
+)
+
+
+class _TokenMixer(torch.autograd.Function):
+    """What eager calls use: an operation of torch.library, which torch.compile needs, costs them 0.1 ms a call."""
+
+    forward = staticmethod(_launch_forward)
+    setup_context = staticmethod(_setup_context)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, _grad_scale):
+        return _gradients(_launch_backward, ctx, grad)
 
 
 # ---------------------------------------------------------------------------------------------------- public function
@@ -61,8 +584,22 @@ def token_mixer(x: Tensor, w_gate_up: Tensor, w_down: Tensor, *, eps: float = 1e
     """
     x, w_gate_up, w_down = autocast(x, w_gate_up, w_down)
     _check(x, w_gate_up, w_down, eps)
-    with torch.autocast(x.device.type, enabled=False):
-        return token_mixer_reference(x, w_gate_up, w_down, eps=eps)
+    if _choose(backend, x) == "reference":
+        with torch.autocast(x.device.type, enabled=False):
+            return token_mixer_reference(x, w_gate_up, w_down, eps=eps)
+    graph = torch.is_grad_enabled() and any(t.requires_grad for t in (x, w_gate_up, w_down))
+    run = _mixer_forward if torch.compiler.is_compiling() else _TokenMixer.apply if graph else _launch_forward
+    return run(x, w_gate_up, w_down, eps, graph)[0]
+
+
+def _choose(backend: str, x: Tensor) -> str:
+    if x.shape[1] > MAX_LENGTH:
+        if backend == "triton":
+            missing = f"{x.shape[1]} positions are above {MAX_LENGTH}, the most whose tile fits one block of an sm_86"
+            raise BackendError(f'token_mixer: backend="triton" cannot run here: {missing}')
+        if backend == "auto":
+            return "reference"
+    return choose("token_mixer", backend, x.device, None, x.dtype)
 
 
 def _check(x: Tensor, w_gate_up: Tensor, w_down: Tensor, eps: float) -> None:
@@ -71,8 +608,8 @@ def _check(x: Tensor, w_gate_up: Tensor, w_down: Tensor, eps: float) -> None:
     if x.dim() != 3:
         fail(name, "x.shape", shape(x), "(B, L, d)")
     length = x.shape[1]
-    if w_gate_up.dim() != 2 or w_gate_up.shape[0] % 2 != 0 or w_gate_up.shape[1] != length:
-        fail(name, "w_gate_up.shape", shape(w_gate_up), f"(2*I, {length}), rows as long as x has positions")
-    inner = w_gate_up.shape[0] // 2
+    inner = w_gate_up.shape[0] // 2 if w_gate_up.dim() == 2 else 0
+    if inner < 1 or tuple(w_gate_up.shape) != (2 * inner, length):
+        fail(name, "w_gate_up.shape", shape(w_gate_up), f"(2*I, {length}), I >= 1 rows of the gate and of up over L")
     check_shape(name, "w_down", w_down, (length, inner), "x's positions and half the rows of w_gate_up")
     check_eps(name, eps)
