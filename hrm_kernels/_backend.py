@@ -13,6 +13,7 @@ logger = logging.getLogger("hrm_kernels")
 
 BACKENDS = ("auto", "triton", "reference")
 FUNCTIONS = ("l_recurrence", "h_update", "carry_update")
+HEAD_WISE = ("l_recurrence", "h_update")  # kernels that hold whole D x D matrices
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MIN_CAPABILITY = (8, 0)  # bfloat16 tensor cores and the 99 KB of shared memory that the tiles are sized for
 MAX_HEAD_SIZE = 64  # three D x D matrices and a tile of the state have to fit one block of an sm_86
@@ -66,8 +67,10 @@ def _missing_on(device: torch.device) -> str | None:
     return None
 
 
-def _missing(device: torch.device, head_size: int | None, dtype: torch.dtype | None) -> str | None:
-    missing = _missing_on(device)
+def _missing(
+    device: torch.device, head_size: int | None, dtype: torch.dtype | None, unfit: str | None = None
+) -> str | None:
+    missing = _missing_on(device) or unfit
     if missing is None and head_size is not None and head_size > MAX_HEAD_SIZE:
         missing = f"head size {head_size} is above {MAX_HEAD_SIZE}, the largest whose weights fit one block of an sm_86"
     if missing is None and dtype == torch.bfloat16 and device.type == "cpu":
@@ -77,22 +80,36 @@ def _missing(device: torch.device, head_size: int | None, dtype: torch.dtype | N
 
 @torch.compiler.assume_constant_result
 def choose(
-    function: str, backend: str, device: torch.device, head_size: int | None = None, dtype: torch.dtype | None = None
+    function: str,
+    backend: str,
+    device: torch.device,
+    head_size: int | None = None,
+    dtype: torch.dtype | None = None,
+    unfit: str | None = None,
 ) -> str:
     """Resolves `backend` for one call to "triton" or "reference"; the first answer for each case is logged.
+
+    `unfit`: why the kernels of `function` cannot take these arguments, where they cannot.
 
     Raises:
         ValueError: `backend` is none of `BACKENDS`.
         BackendError: `backend` is "triton" and something is missing.
     """
-    return _choose(function, backend, device, head_size, dtype)
+    return _choose(function, backend, device, head_size, dtype, unfit)
 
 
 @cache  # not on `choose` itself: torch.compile warns of cached functions that it traces
-def _choose(function: str, backend: str, device: torch.device, head_size: int | None, dtype: torch.dtype | None) -> str:
+def _choose(
+    function: str,
+    backend: str,
+    device: torch.device,
+    head_size: int | None,
+    dtype: torch.dtype | None,
+    unfit: str | None,
+) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"{function}: backend is {backend!r}; it should be one of {', '.join(map(repr, BACKENDS))}")
-    missing = None if backend == "reference" else _missing(device, head_size, dtype)
+    missing = None if backend == "reference" else _missing(device, head_size, dtype, unfit)
     if backend == "triton" and missing is not None:
         raise BackendError(f'{function}: backend="triton" cannot run here: {missing}')
     # "auto" never picks the interpreter: it is a debugging aid, thousands of times slower than the reference
@@ -114,7 +131,7 @@ def explain(device: torch.device | str | None = None, *, head_size: int = 64) ->
     name = torch.cuda.get_device_name(device) if device.type == "cuda" and torch.cuda.is_available() else device.type
     choices = []
     for function in FUNCTIONS:
-        missing = _missing(device, None if function == "carry_update" else head_size, None)
+        missing = _missing(device, head_size if function in HEAD_WISE else None, None)
         if missing is None and device.type == "cpu":
             missing = 'TRITON_INTERPRET=1 is set; only backend="triton" uses the interpreter'
         reason = missing or f"Triton {_triton_version()} compiles for this device"
