@@ -236,7 +236,7 @@ def _mixer_backward_x_kernel(
             g = dot_add(x2, tl.trans(gate2), g, PRECISION, MATH)
             u = dot_add(x2, tl.trans(up2), u, PRECISION, MATH)
             grad_hidden = dot_add(low2, tl.trans(down2), grad_hidden, PRECISION, MATH)
-        _, grad_g, grad_u = _slopes(g, u, grad_hidden, MATH)
+        _hidden, grad_g, grad_u = _slopes(g, u, grad_hidden, MATH)
         grad_g, grad_u = grad_g.to(dtype), grad_u.to(dtype)
         grad1 = dot_add(grad_g, gate1, grad1, PRECISION, MATH)
         grad1 = dot_add(grad_u, up1, grad1, PRECISION, MATH)
