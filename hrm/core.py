@@ -14,6 +14,7 @@ import hrm_kernels
 from hrm.attention import Mixing, SlotCache, mix, rotation, visible
 from hrm.config import HRMConfig, check_fused
 from hrm.inputs import check_beside, check_places
+from hrm.schedule import run_cycles
 
 Q_BIAS = -5.0  # both Q values start near "no": sigmoid(-5) < 1 %, so an untrained core never halts early
 # not cuDNN's: it plans anew for every length of the cache, 14 ms a token on an H100
@@ -254,11 +255,11 @@ class HRMCore(nn.Module):
 
         context (n, 2 d_l) from `input_context`, z_l (n, d_l), z_h (n, d_h) -> new z_l, z_h, for n = B * S tokens.
         """
-        for cycle in range(self.config.h_cycles):
-            differentiate = torch.is_grad_enabled() and cycle >= self.config.h_cycles - self.config.grad_cycles
-            with torch.set_grad_enabled(differentiate):
-                z_l, z_h = self._cycle(cycle, context, z_l, z_h, weights, mixing, differentiate)
-        return z_l, z_h
+
+        def cycle(index: int, z_l: Tensor, z_h: Tensor, differentiate: bool) -> tuple[Tensor, Tensor]:
+            return self._cycle(index, context, z_l, z_h, weights, mixing, differentiate)
+
+        return run_cycles(cycle, z_l, z_h, cycles=self.config.h_cycles, grad_cycles=self.config.grad_cycles)
 
     def _cycle(
         self,

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from hrm.schedule import continue_target
+
 IGNORED = -100  # label of a position that is not scored
 CHUNK_BYTES = 256 * 2**20  # float32 logits held at a time
 
@@ -112,8 +114,8 @@ def q_loss(values: Tensor, correct: Tensor, active: Tensor, last: Tensor) -> Ten
     """
     bce = F.binary_cross_entropy_with_logits
     halt = bce(values[..., 0], correct.float(), reduction="none")
-    with torch.no_grad():  # the better choice in the next segment, where the last can only halt
-        worth = torch.where(last[1:], values[1:, :, 0], values[1:].amax(-1)).sigmoid()
+    with torch.no_grad():
+        worth = continue_target(values[1:, :, 0], values[1:, :, 1], last[1:])
     go_on = bce(values[:-1, :, 1], worth, reduction="none")
     return masked_mean(halt, active) + masked_mean(go_on, active[1:])
 

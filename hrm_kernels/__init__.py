@@ -13,6 +13,7 @@ from hrm_kernels.l_recurrence import l_recurrence, l_recurrence_reference
 from hrm_kernels.residual_norm import residual_norm, residual_norm_reference
 from hrm_kernels.rope_attention import rope_attention, rope_attention_reference
 from hrm_kernels.swiglu_mlp import swiglu_mlp, swiglu_mlp_reference
+from hrm_kernels.token_mixer import token_mixer, token_mixer_reference
 
 __all__ = [
     "BackendError",
@@ -30,4 +31,6 @@ __all__ = [
     "rope_attention_reference",
     "swiglu_mlp",
     "swiglu_mlp_reference",
+    "token_mixer",
+    "token_mixer_reference",
 ]
