@@ -13,6 +13,7 @@ Gradient, with r = 1 / sqrt(mean(v^2) + eps) of the row, alike for both inputs:
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ MAX_WIDTH = 4096  # columns of a row that one program holds
 
 
 @cache
-def norm_options(width: int, dtype: torch.dtype) -> dict[str, object]:
+def norm_options(width: int, dtype: torch.dtype) -> dict[str, Any]:
     """Compile-time constants and launch options: 1024 elements a warp, which is four 16-byte loads in flight a thread
     and bfloat16 tensor, and as few warps a row as that gives, so that sums rarely leave a warp."""
     block = triton.next_power_of_2(width)
@@ -140,11 +141,6 @@ def _(grad, out, scale):
     return out.new_empty(out.shape)
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*output)
-
-
 def _gradients(launch, ctx, grad):
     """One tensor is the gradient of both inputs; `launch` is `_launch_backward` or the operation made of it."""
     grad_v = launch(grad, *ctx.saved_tensors)
@@ -161,7 +157,11 @@ class _ResidualNorm(torch.autograd.Function):
     """What eager calls use: an operation of torch.library, which torch.compile needs, costs them 0.1 ms a call."""
 
     forward = staticmethod(_launch_forward)
-    setup_context = staticmethod(_setup_context)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*output)
 
     @staticmethod
     @once_differentiable

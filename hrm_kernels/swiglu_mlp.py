@@ -4,16 +4,24 @@ Equation (rows are tokens; W_gate and W_up are the halves of `w_gate_up`):
 
     gate = x W_gate^T,  up = x W_up^T
     y = (silu(gate) * up) W_down^T
+
+Products are cuBLAS's, except without graph: there one kernel computes both halves of the first product and writes only
+silu(gate) * up, half of what the product itself would write and the next pass would read. With graph, gate and up are
+kept, and one elementwise pass each way stands between the products.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from hrm_kernels._backend import choose
 from hrm_kernels._checks import autocast, check_shape, check_tensors, fail, shape
+from hrm_kernels._triton import _capability, _math, ceil_div, device_of, jit, rows_of, sigmoid, tl
 
 # ---------------------------------------------------------------------------------------------------- reference
 
@@ -26,6 +34,218 @@ def swiglu_mlp_reference(
     """The specification of `swiglu_mlp`, in plain PyTorch; also takes float64."""
     gate, up = F.linear(x, w_gate_up).chunk(2, dim=-1)
     return F.linear(F.silu(gate) * up, w_down)
+
+
+# ---------------------------------------------------------------------------------------------------- Triton kernels
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How the gated product is launched: rows, columns of each half, depth of a step, warps, pipeline stages."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+# {major compute capability: tile of the gated product}, 16-bit types; None: cuBLAS and an elementwise pass instead
+TILES: dict[int, Tile | None] = {8: Tile(128, 64, 32, 4, 3), 9: Tile(128, 128, 64, 8, 4)}
+GROUP = 8  # tiles of rows that walk over the columns together, so that what they read stays in L2
+BLOCK, BLOCK_WARPS = 512, 1  # columns of an elementwise program: 16-byte loads, two of each tensor in flight a thread
+
+
+@jit(do_not_specialize=["n"])
+def _gated_product_kernel(
+    x_ptr, w_ptr, out_ptr,
+    n, inner, width, x_stride,
+    GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_K: tl.constexpr, MATH: tl.constexpr,
+):  # fmt: skip
+    """out (n, inner) = silu(x W_gate^T) * (x W_up^T); `width`, the columns of x, is a multiple of BLOCK_K."""
+    across = tl.cdiv(inner, BLOCK_I)
+    group = tl.program_id(0) // (GROUP * across)
+    first = group * GROUP
+    rows_here = tl.minimum(tl.cdiv(n, BLOCK_N) - first, GROUP)
+    within = tl.program_id(0) % (GROUP * across)
+    rows = (first + within % rows_here) * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = (within // rows_here) * BLOCK_I + tl.arange(0, BLOCK_I)
+    depth = tl.arange(0, BLOCK_K)
+    # past the end the last row and column are read again and not written: no mask in the loop
+    x = x_ptr + tl.minimum(rows, n - 1).to(tl.int64)[:, None] * x_stride + depth[None, :]
+    w_gate = w_ptr + tl.minimum(columns, inner - 1)[None, :] * width + depth[:, None]
+    w_up = w_gate + inner * width
+    gate = tl.zeros((BLOCK_N, BLOCK_I), tl.float32)
+    up = tl.zeros((BLOCK_N, BLOCK_I), tl.float32)
+    for _ in range(0, width, BLOCK_K):
+        tile = tl.load(x)
+        gate = tl.dot(tile, tl.load(w_gate), gate)
+        up = tl.dot(tile, tl.load(w_up), up)
+        x += BLOCK_K
+        w_gate += BLOCK_K
+        w_up += BLOCK_K
+    act = gate * sigmoid(gate, MATH) * up
+    out = out_ptr + rows.to(tl.int64)[:, None] * inner + columns[None, :]
+    tl.store(out, act.to(out_ptr.dtype.element_ty), mask=(rows < n)[:, None] & (columns < inner)[None, :])
+
+
+@jit
+def _gate_forward_kernel(gate_up_ptr, act_ptr, inner, BLOCK: tl.constexpr, MATH: tl.constexpr):
+    """act = silu(gate) * up, rows contiguous."""
+    blocks = tl.cdiv(inner, BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    columns = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    mask = columns < inner
+    gate = tl.load(gate_up_ptr + row * (2 * inner) + columns, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_up_ptr + row * (2 * inner) + inner + columns, mask=mask, other=0.0).to(tl.float32)
+    act = gate * sigmoid(gate, MATH) * up
+    tl.store(act_ptr + row * inner + columns, act.to(act_ptr.dtype.element_ty), mask=mask)
+
+
+@jit
+def _gate_backward_kernel(gate_up_ptr, act_ptr, grad_gate_up_ptr, inner, BLOCK: tl.constexpr, MATH: tl.constexpr):
+    """`act` comes in as its own gradient and leaves as the activation, which the gradient of w_down needs."""
+    blocks = tl.cdiv(inner, BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    columns = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    mask = columns < inner
+    gate = tl.load(gate_up_ptr + row * (2 * inner) + columns, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_up_ptr + row * (2 * inner) + inner + columns, mask=mask, other=0.0).to(tl.float32)
+    grad = tl.load(act_ptr + row * inner + columns, mask=mask, other=0.0).to(tl.float32)
+    s = sigmoid(gate, MATH)
+    silu = gate * s
+    dtype = act_ptr.dtype.element_ty
+    grad_gate = grad * up * (s + silu * (1.0 - s))
+    tl.store(grad_gate_up_ptr + row * (2 * inner) + columns, grad_gate.to(dtype), mask=mask)
+    tl.store(grad_gate_up_ptr + row * (2 * inner) + inner + columns, (grad * silu).to(dtype), mask=mask)
+    tl.store(act_ptr + row * inner + columns, (silu * up).to(dtype), mask=mask)
+
+
+# ---------------------------------------------------------------------------------------------------- autograd
+
+
+def _gated_product(rows: Tensor, w_gate_up: Tensor, tile: Tile) -> Tensor:
+    (n, width), inner = rows.shape, w_gate_up.shape[0] // 2
+    act = torch.empty((n, inner), dtype=rows.dtype, device=rows.device)
+    with device_of(rows):
+        _gated_product_kernel[(ceil_div(n, tile.rows) * ceil_div(inner, tile.columns),)](
+            rows, w_gate_up.contiguous(), act, n, inner, width, rows.stride(0),
+            GROUP=GROUP, BLOCK_N=tile.rows, BLOCK_I=tile.columns, BLOCK_K=tile.depth, MATH=_math(rows.dtype),
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    return act
+
+
+def _gate_forward(gate_up: Tensor) -> Tensor:
+    n, inner = gate_up.shape[0], gate_up.shape[1] // 2
+    act = torch.empty((n, inner), dtype=gate_up.dtype, device=gate_up.device)
+    with device_of(gate_up):
+        _gate_forward_kernel[(n * ceil_div(inner, BLOCK),)](
+            gate_up, act, inner, BLOCK=BLOCK, MATH=_math(act.dtype), num_warps=BLOCK_WARPS
+        )
+    return act
+
+
+def _gate_backward(gate_up: Tensor, grad_act: Tensor) -> Tensor:
+    """The gradient of `gate_up`; leaves the activation in `grad_act`."""
+    n, inner = grad_act.shape
+    grad_gate_up = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
+    with device_of(gate_up):
+        _gate_backward_kernel[(n * ceil_div(inner, BLOCK),)](
+            gate_up, grad_act, grad_gate_up, inner, BLOCK=BLOCK, MATH=_math(grad_act.dtype), num_warps=BLOCK_WARPS
+        )
+    return grad_gate_up
+
+
+def _tile_for(rows: Tensor) -> Tile | None:
+    """The tile of the gated product; None where cuBLAS and an elementwise pass do it: in float32, whose products keep
+    the user's tf32 setting, and where the depth of a step does not divide the width or a row starts unaligned."""
+    tile = TILES.get(_capability(rows.device)[0]) if rows.dtype.itemsize == 2 else None
+    return tile if tile is not None and rows.shape[1] % tile.depth == 0 and rows.stride(0) % 8 == 0 else None
+
+
+def _launch_inference(x: Tensor, w_gate_up: Tensor, w_down: Tensor) -> Tensor:
+    rows = rows_of(x)
+    if rows.shape[0] == 0:
+        return x.new_empty(x.shape)
+    tile = _tile_for(rows)
+    act = _gate_forward(torch.mm(rows, w_gate_up.t())) if tile is None else _gated_product(rows, w_gate_up, tile)
+    return torch.mm(act, w_down.t()).view(x.shape)
+
+
+def _launch_forward(x: Tensor, w_gate_up: Tensor, w_down: Tensor, recompute: bool) -> tuple[Tensor, Tensor]:
+    """The result, and gate and up for the backward: (n, 2*I), or (0, 2*I) where the backward is to recompute them."""
+    rows = rows_of(x)
+    if rows.shape[0] == 0:
+        return x.new_empty(x.shape), x.new_empty(0, w_gate_up.shape[0])
+    gate_up = torch.mm(rows, w_gate_up.t())
+    out = torch.mm(_gate_forward(gate_up), w_down.t()).view(x.shape)
+    return out, gate_up.new_empty(0, gate_up.shape[1]) if recompute else gate_up
+
+
+_mlp_inference = torch.library.custom_op("hrm::swiglu_mlp_inference", _launch_inference, mutates_args=())
+_mlp_forward = torch.library.custom_op("hrm::swiglu_mlp", _launch_forward, mutates_args=())
+
+
+@_mlp_inference.register_fake
+def _(x, w_gate_up, w_down):
+    return x.new_empty(x.shape)
+
+
+@_mlp_forward.register_fake
+def _(x, w_gate_up, w_down, recompute):
+    rows = 0 if recompute else x.numel() // x.shape[-1]
+    return x.new_empty(x.shape), x.new_empty(rows, w_gate_up.shape[0])
+
+
+def _launch_backward(
+    grad: Tensor, x: Tensor, w_gate_up: Tensor, w_down: Tensor, gate_up: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    grads, rows = rows_of(grad), rows_of(x)
+    if rows.shape[0] == 0:
+        return x.new_empty(x.shape), torch.zeros_like(w_gate_up), torch.zeros_like(w_down)
+    if gate_up.shape[0] == 0:
+        gate_up = torch.mm(rows, w_gate_up.t())
+    act = torch.mm(grads, w_down)  # its gradient, until `_gate_backward` puts the activation there
+    grad_gate_up = _gate_backward(gate_up, act)
+    return torch.mm(grad_gate_up, w_gate_up).view(x.shape), torch.mm(grad_gate_up.t(), rows), torch.mm(grads.t(), act)
+
+
+_mlp_backward = torch.library.custom_op("hrm::swiglu_mlp_backward", _launch_backward, mutates_args=())
+
+
+@_mlp_backward.register_fake
+def _(grad, x, w_gate_up, w_down, gate_up):
+    return x.new_empty(x.shape), w_gate_up.new_empty(w_gate_up.shape), w_down.new_empty(w_down.shape)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[:3], output[1])
+
+
+def _gradients(launch, ctx, grad):
+    """Gradients of the arguments of `_launch_forward`; `launch` is `_launch_backward` or the operation made of it."""
+    gradients = launch(grad, *ctx.saved_tensors)
+    return *(g if need else None for g, need in zip(gradients, ctx.needs_input_grad[:3], strict=True)), None
+
+
+_mlp_forward.register_autograd(lambda ctx, grad, _: _gradients(_mlp_backward, ctx, grad), setup_context=_setup_context)
+
+
+class _SwigluMlp(torch.autograd.Function):
+    """What eager calls use: an operation of torch.library, which torch.compile needs, costs them 0.1 ms a call."""
+
+    forward = staticmethod(_launch_forward)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.mark_non_differentiable(output[1])
+        _setup_context(ctx, inputs, output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, _):
+        return _gradients(_launch_backward, ctx, grad)
 
 
 # ---------------------------------------------------------------------------------------------------- public function
@@ -55,9 +275,14 @@ def swiglu_mlp(
     """
     x, w_gate_up, w_down = autocast(x, w_gate_up, w_down)
     _check(x, w_gate_up, w_down)
-    choose("swiglu_mlp", backend, x.device, None, x.dtype)
+    reference = choose("swiglu_mlp", backend, x.device, None, x.dtype) == "reference"
+    compiling = torch.compiler.is_compiling()
     with torch.autocast(x.device.type, enabled=False):
-        return swiglu_mlp_reference(x, w_gate_up, w_down)
+        if reference:
+            return swiglu_mlp_reference(x, w_gate_up, w_down)
+        if not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, w_gate_up, w_down))):
+            return (_mlp_inference if compiling else _launch_inference)(x, w_gate_up, w_down)
+        return (_mlp_forward if compiling else _SwigluMlp.apply)(x, w_gate_up, w_down, recompute)[0]
 
 
 def _check(x: Tensor, w_gate_up: Tensor, w_down: Tensor) -> None:
