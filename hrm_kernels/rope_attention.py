@@ -4,15 +4,24 @@ Equation (per sequence and head; [q, k, v] = qkv; x1, x2 are the halves of a hea
 
     rotate(x) = x * cos + [-x2, x1] * sin            in float32, then in the dtype of qkv
     out = softmax(rotate(q) rotate(k)^T / sqrt(D)) v
+
+A short sequence fits one program a head, which rotates, multiplies and writes where the heads lie side by side; its
+backward computes the weights again. Longer ones are rotated by one elementwise pass and handed to PyTorch's attention.
 """
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from hrm_kernels._backend import choose
 from hrm_kernels._checks import autocast, check_shape, check_tensors, fail, shape
+from hrm_kernels._triton import ceil_div, device_of, jit, tl, triton
 
 # ---------------------------------------------------------------------------------------------------- reference
 
@@ -38,6 +47,359 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     wide = x if x.dtype == torch.float64 else x.float()
     first, second = wide.chunk(2, dim=-1)
     return (wide * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------- Triton kernels
+
+MAX_LENGTH = 128  # tokens of a sequence that one program holds
+HEAD_SIZES = (16, 32, 64)
+ROTATE_ROWS, ROTATE_WARPS = 64, 4  # heads of tokens that a program of the rotation handles
+
+
+@cache
+def attention_options(length: int, size: int) -> dict[str, Any]:
+    """Compile-time constants and launch options of the fused kernels: all tokens at once, 16 rows a warp."""
+    block = max(16, triton.next_power_of_2(length))
+    return {"D": size, "BLOCK_H": max(16, size // 2), "BLOCK_L": block, "num_warps": block // 16, "num_stages": 1}
+
+
+@jit
+def _rotated(first, second, cos_1, cos_2, sin_1, sin_2):
+    """x * cos + [-x2, x1] * sin of the halves of x, in float32."""
+    first, second = first.to(tl.float32), second.to(tl.float32)
+    return first * cos_1 - second * sin_1, second * cos_2 + first * sin_2
+
+
+@jit
+def _halves(x_ptr, offsets, mask, D: tl.constexpr):
+    return tl.load(x_ptr + offsets, mask=mask, other=0.0), tl.load(x_ptr + D // 2 + offsets, mask=mask, other=0.0)
+
+
+@jit
+def _table(cos_ptr, sin_ptr, offsets, mask, D: tl.constexpr):
+    """The halves of cos and of sin, in float32."""
+    cos_1, cos_2 = _halves(cos_ptr, offsets, mask, D)
+    sin_1, sin_2 = _halves(sin_ptr, offsets, mask, D)
+    return cos_1.to(tl.float32), cos_2.to(tl.float32), sin_1.to(tl.float32), sin_2.to(tl.float32)
+
+
+@jit(do_not_specialize=["length"])
+def _attention_forward_kernel(
+    qkv_ptr, cos_ptr, sin_ptr, out_ptr, lse_ptr,
+    length, heads, batch_stride, row_stride,
+    SAVE: tl.constexpr, ROTATE: tl.constexpr, D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_L: tl.constexpr,
+):  # fmt: skip
+    """One head of one sequence; `lse` is the logarithm, base 2, of the softmax's denominator."""
+    sequence = (tl.program_id(0) // heads).to(tl.int64)
+    head = tl.program_id(0) % heads
+    rows = tl.arange(0, BLOCK_L)
+    half = tl.arange(0, BLOCK_H)[None, :]
+    whole = tl.arange(0, D)[None, :]
+    inside = (rows < length)[:, None]
+    mask = inside & (half < D // 2)
+    offsets = rows.to(tl.int64)[:, None] * row_stride
+    q_ptr = qkv_ptr + sequence * batch_stride + head * D
+    q_1, q_2 = _halves(q_ptr, offsets + half, mask, D)
+    k_1, k_2 = _halves(q_ptr + heads * D, offsets + half, mask, D)
+    v = tl.load(q_ptr + 2 * heads * D + offsets + whole, mask=inside, other=0.0)
+    dtype = v.dtype
+    if ROTATE:
+        cos_1, cos_2, sin_1, sin_2 = _table(cos_ptr, sin_ptr, rows[:, None] * D + half, mask, D)
+        q_1, q_2 = _rotated(q_1, q_2, cos_1, cos_2, sin_1, sin_2)
+        k_1, k_2 = _rotated(k_1, k_2, cos_1, cos_2, sin_1, sin_2)
+    # to base 2 in float32, after the product
+    to_base_2: tl.constexpr = 1.4426950408889634 / (D**0.5)
+    scores = tl.dot(q_1.to(dtype), tl.trans(k_1.to(dtype)), input_precision="ieee")
+    scores = tl.dot(q_2.to(dtype), tl.trans(k_2.to(dtype)), scores, input_precision="ieee")
+    scores = tl.where((rows < length)[None, :], scores, float("-inf"))
+    top = tl.max(scores, 1) * to_base_2
+    weights = tl.exp2(scores * to_base_2 - top[:, None])
+    total = tl.sum(weights, 1)
+    out = tl.dot(weights.to(dtype), v, input_precision="ieee") / total[:, None]
+    token = sequence * length + rows
+    tl.store(out_ptr + token[:, None] * (heads * D) + head * D + whole, out.to(dtype), mask=inside)
+    if SAVE:
+        tl.store(lse_ptr + tl.program_id(0).to(tl.int64) * length + rows, top + tl.log2(total), mask=rows < length)
+
+
+@jit(do_not_specialize=["length"])
+def _attention_backward_kernel(
+    grad_ptr, qkv_ptr, cos_ptr, sin_ptr, lse_ptr, grad_qkv_ptr,
+    length, heads, grad_batch_stride, grad_row_stride, batch_stride, row_stride,
+    ROTATE: tl.constexpr, D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_L: tl.constexpr,
+):  # fmt: skip
+    """One head of one sequence; scores are transposed (keys, queries), so that what leaves a product as rows of keys
+    enters the next one from registers."""
+    sequence = (tl.program_id(0) // heads).to(tl.int64)
+    head = tl.program_id(0) % heads
+    rows = tl.arange(0, BLOCK_L)
+    half = tl.arange(0, BLOCK_H)[None, :]
+    whole = tl.arange(0, D)[None, :]
+    inside = (rows < length)[:, None]
+    mask = inside & (half < D // 2)
+    offsets = rows.to(tl.int64)[:, None] * row_stride
+    q_ptr = qkv_ptr + sequence * batch_stride + head * D
+    q_1, q_2 = _halves(q_ptr, offsets + half, mask, D)
+    k_1, k_2 = _halves(q_ptr + heads * D, offsets + half, mask, D)
+    v = tl.load(q_ptr + 2 * heads * D + offsets + whole, mask=inside, other=0.0)
+    dtype = v.dtype
+    grad = grad_ptr + sequence * grad_batch_stride + head * D + rows.to(tl.int64)[:, None] * grad_row_stride
+    grad_out = tl.load(grad + whole, mask=inside, other=0.0)
+    lse = tl.load(lse_ptr + tl.program_id(0).to(tl.int64) * length + rows, mask=rows < length, other=0.0)
+    table = rows[:, None] * D + half
+    if ROTATE:
+        cos_1, cos_2, sin_1, sin_2 = _table(cos_ptr, sin_ptr, table, mask, D)
+        q_1, q_2 = _rotated(q_1, q_2, cos_1, cos_2, sin_1, sin_2)
+        k_1, k_2 = _rotated(k_1, k_2, cos_1, cos_2, sin_1, sin_2)
+        q_1, q_2, k_1, k_2 = q_1.to(dtype), q_2.to(dtype), k_1.to(dtype), k_2.to(dtype)
+    to_base_2: tl.constexpr = 1.4426950408889634 / (D**0.5)
+    scores = tl.dot(k_1, tl.trans(q_1), input_precision="ieee")
+    scores = tl.dot(k_2, tl.trans(q_2), scores, input_precision="ieee")
+    # keys past the end have scores 0, which may lie far above a row's lse: masked before the exponential
+    scores = tl.where(inside, scores * to_base_2 - lse[None, :], float("-inf"))
+    weights = tl.exp2(scores)
+    grad_weights = tl.dot(v, tl.trans(grad_out), input_precision="ieee")
+    grad_scores = (weights * (grad_weights - tl.sum(weights * grad_weights, 0)[None, :])).to(dtype)
+    # queries past the end have no gradient, keys past the end no weight
+    grad_v = tl.dot(weights.to(dtype), grad_out, input_precision="ieee")
+    token = (sequence * length + rows)[:, None] * (3 * heads * D) + head * D
+    tl.store(grad_qkv_ptr + token + 2 * heads * D + whole, grad_v.to(dtype), mask=inside)
+    scale: tl.constexpr = 1.0 / (D**0.5)
+    grad_k_1 = tl.dot(grad_scores, q_1, input_precision="ieee") * scale
+    grad_k_2 = tl.dot(grad_scores, q_2, input_precision="ieee") * scale
+    grad_q_1 = tl.dot(tl.trans(grad_scores), k_1, input_precision="ieee") * scale
+    grad_q_2 = tl.dot(tl.trans(grad_scores), k_2, input_precision="ieee") * scale
+    if ROTATE:  # back: by the sines' halves exchanged and negated; read again, since registers are short
+        cos_1, cos_2, sin_1, sin_2 = _table(cos_ptr, sin_ptr, table, mask, D)
+        grad_q_1, grad_q_2 = _rotated(grad_q_1, grad_q_2, cos_1, cos_2, -sin_2, -sin_1)
+        grad_k_1, grad_k_2 = _rotated(grad_k_1, grad_k_2, cos_1, cos_2, -sin_2, -sin_1)
+    grad_q = grad_qkv_ptr + token + half
+    tl.store(grad_q, grad_q_1.to(dtype), mask=mask)
+    tl.store(grad_q + D // 2, grad_q_2.to(dtype), mask=mask)
+    tl.store(grad_q + heads * D, grad_k_1.to(dtype), mask=mask)
+    tl.store(grad_q + heads * D + D // 2, grad_k_2.to(dtype), mask=mask)
+
+
+@jit(do_not_specialize=["n", "length"])
+def _rotate_kernel(
+    q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, to_q_ptr, to_k_ptr, to_v_ptr,
+    n, length, heads, batch_stride, row_stride, head_stride, to_row_stride,
+    INVERSE: tl.constexpr, COPY_V: tl.constexpr, D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Rotates q and k, back where INVERSE, and copies v; a row is one head of one token, `n` of them."""
+    index = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    half = tl.arange(0, BLOCK_H)[None, :]
+    mask = (index < n)[:, None] & (half < D // 2)
+    head = index % heads
+    token = index // heads
+    position = token % length
+    source = (token // length * batch_stride + position * row_stride + head * head_stride)[:, None] + half
+    target = (token * to_row_stride + head * D)[:, None] + half
+    cos_1, cos_2, sin_1, sin_2 = _table(cos_ptr, sin_ptr, position[:, None] * D + half, mask, D)
+    if INVERSE:
+        sin_1, sin_2 = -sin_2, -sin_1
+    dtype = q_ptr.dtype.element_ty
+    first, second = _halves(q_ptr, source, mask, D)
+    first, second = _rotated(first, second, cos_1, cos_2, sin_1, sin_2)
+    tl.store(to_q_ptr + target, first.to(dtype), mask=mask)
+    tl.store(to_q_ptr + D // 2 + target, second.to(dtype), mask=mask)
+    first, second = _halves(k_ptr, source, mask, D)
+    first, second = _rotated(first, second, cos_1, cos_2, sin_1, sin_2)
+    tl.store(to_k_ptr + target, first.to(dtype), mask=mask)
+    tl.store(to_k_ptr + D // 2 + target, second.to(dtype), mask=mask)
+    if COPY_V:
+        plain_1, plain_2 = _halves(v_ptr, source, mask, D)
+        tl.store(to_v_ptr + target, plain_1, mask=mask)
+        tl.store(to_v_ptr + D // 2 + target, plain_2, mask=mask)
+
+
+# ---------------------------------------------------------------------------------------------------- autograd: short
+
+
+def _unit(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _launch_forward(
+    qkv: Tensor, cos: Tensor | None, sin: Tensor | None, heads: int, save: bool
+) -> tuple[Tensor, Tensor]:
+    """The result and, where `save`, the logarithm of each softmax's denominator (B, heads, L), base 2."""
+    batch, length, width = qkv.shape
+    qkv = _unit(qkv)
+    out = torch.empty((batch, length, width // 3), dtype=qkv.dtype, device=qkv.device)
+    lse = torch.empty((batch, heads, length) if save else (0,), dtype=torch.float32, device=qkv.device)
+    if out.numel() > 0:
+        options = attention_options(length, width // (3 * heads))
+        with device_of(qkv):
+            _attention_forward_kernel[(batch * heads,)](
+                qkv, *_tables(qkv, cos, sin), out, lse, length, heads, qkv.stride(0), qkv.stride(1),
+                SAVE=save, ROTATE=cos is not None, **options,
+            )  # fmt: skip
+    return out, lse
+
+
+def _tables(like: Tensor, cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What a kernel takes for cos and sin; any pointer where it does not rotate."""
+    return (like, like) if cos is None or sin is None else (cos.contiguous(), sin.contiguous())
+
+
+_attention_forward = torch.library.custom_op("hrm::rope_attention", _launch_forward, mutates_args=())
+
+
+@_attention_forward.register_fake
+def _(qkv, cos, sin, heads, save):
+    batch, length, width = qkv.shape
+    lse = (batch, heads, length) if save else (0,)
+    return qkv.new_empty(batch, length, width // 3), qkv.new_empty(lse, dtype=torch.float32)
+
+
+def _launch_backward(
+    grad: Tensor, qkv: Tensor, cos: Tensor | None, sin: Tensor | None, lse: Tensor, heads: int
+) -> Tensor:
+    batch, length, width = qkv.shape
+    grad, qkv = _unit(grad), _unit(qkv)
+    grad_qkv = torch.empty((batch, length, width), dtype=qkv.dtype, device=qkv.device)
+    if qkv.numel() > 0:
+        options = attention_options(length, width // (3 * heads))
+        with device_of(qkv):
+            _attention_backward_kernel[(batch * heads,)](
+                grad, qkv, *_tables(qkv, cos, sin), lse, grad_qkv,
+                length, heads, grad.stride(0), grad.stride(1), qkv.stride(0), qkv.stride(1),
+                ROTATE=cos is not None, **options,
+            )  # fmt: skip
+    return grad_qkv
+
+
+_attention_backward = torch.library.custom_op("hrm::rope_attention_backward", _launch_backward, mutates_args=())
+
+
+@_attention_backward.register_fake
+def _(grad, qkv, cos, sin, lse, heads):
+    return qkv.new_empty(qkv.shape)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    qkv, cos, sin, ctx.heads, _ = inputs
+    ctx.save_for_backward(qkv, cos, sin, output[1])
+
+
+_attention_forward.register_autograd(
+    lambda ctx, grad, _: (_attention_backward(grad, *ctx.saved_tensors, ctx.heads), None, None, None, None),
+    setup_context=_setup_context,
+)
+
+
+class _RopeAttention(torch.autograd.Function):
+    """What eager calls use: an operation of torch.library, which torch.compile needs, costs them 0.1 ms a call."""
+
+    forward = staticmethod(_launch_forward)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.mark_non_differentiable(output[1])
+        _setup_context(ctx, inputs, output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, _):
+        qkv, cos, sin, lse = ctx.saved_tensors
+        return _launch_backward(grad, qkv, cos, sin, lse, ctx.heads), None, None, None, None
+
+
+# ---------------------------------------------------------------------------------------------------- autograd: long
+
+
+def _rotate_rows(sources: list[Tensor], targets: list[Tensor], cos: Tensor, sin: Tensor, inverse: bool) -> None:
+    """Rotates (B, L, heads, D) tensors, q and k, and copies v if it is there, into targets of the same shape.
+
+    All sources have the same strides; targets have the same strides and heads side by side, sequences one by one."""
+    source, target = sources[0], targets[0]
+    batch, length, heads, size = source.shape
+    if source.numel() == 0:
+        return
+    copy_v = len(sources) == 3
+    pointers = [*sources, *sources[: 3 - len(sources)]], [*targets, *targets[: 3 - len(targets)]]
+    n = batch * length * heads
+    with device_of(source):
+        _rotate_kernel[(ceil_div(n, ROTATE_ROWS),)](
+            *pointers[0], cos.contiguous(), sin.contiguous(), *pointers[1],
+            n, length, heads, source.stride(0), source.stride(1), source.stride(2), target.stride(1),
+            INVERSE=inverse, COPY_V=copy_v, D=size, BLOCK_H=triton.next_power_of_2(size // 2), BLOCK_N=ROTATE_ROWS,
+            num_warps=ROTATE_WARPS,
+        )  # fmt: skip
+
+
+def _parts(qkv: Tensor, heads: int) -> tuple[Tensor, ...]:
+    """q, k and v as views (B, L, heads, D)."""
+    return qkv.unflatten(-1, (3, heads, -1)).unbind(2)
+
+
+def _launch_rotate(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, copy_v: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotated q and k and, where `copy_v`, v, each (B, L, heads, D); a copy of v lets go of `qkv`, of which PyTorch's
+    attention would keep all three parts for the sake of one."""
+    sources = list(_parts(_unit(qkv), heads))[: 3 if copy_v else 2]
+    targets = [torch.empty(s.shape, dtype=s.dtype, device=s.device) for s in sources]
+    _rotate_rows(sources, targets, cos, sin, inverse=False)
+    return targets[0], targets[1], targets[2] if copy_v else qkv.new_empty(0)
+
+
+_rotate_forward = torch.library.custom_op("hrm::rope_rotate", _launch_rotate, mutates_args=())
+
+
+@_rotate_forward.register_fake
+def _(qkv, cos, sin, heads, copy_v):
+    size = (*qkv.shape[:2], heads, qkv.shape[2] // (3 * heads))
+    return qkv.new_empty(size), qkv.new_empty(size), qkv.new_empty(size if copy_v else 0)
+
+
+def _launch_rotate_back(grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    batch, length, heads, size = grad_q.shape
+    grads = [grad_q, grad_k, grad_v]
+    if grad_q.stride(-1) != 1 or any(g.stride() != grad_q.stride() for g in grads):
+        grads = [g.contiguous() for g in grads]
+    grad_qkv = torch.empty((batch, length, 3 * heads * size), dtype=grad_q.dtype, device=grad_q.device)
+    _rotate_rows(grads, list(_parts(grad_qkv, heads)), cos, sin, inverse=True)
+    return grad_qkv
+
+
+_rotate_backward = torch.library.custom_op("hrm::rope_rotate_backward", _launch_rotate_back, mutates_args=())
+
+
+@_rotate_backward.register_fake
+def _(grad_q, grad_k, grad_v, cos, sin):
+    return grad_q.new_empty(*grad_q.shape[:2], 3 * grad_q.shape[2] * grad_q.shape[3])
+
+
+def _rotate_context(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[1:3])
+
+
+_rotate_forward.register_autograd(
+    lambda ctx, *grads: (_rotate_backward(*grads, *ctx.saved_tensors), None, None, None, None),
+    setup_context=_rotate_context,
+)
+
+
+class _Rotate(torch.autograd.Function):
+    """What eager calls use, as above."""
+
+    forward = staticmethod(_launch_rotate)
+    setup_context = staticmethod(_rotate_context)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        return _launch_rotate_back(*grads, *ctx.saved_tensors), None, None, None, None
+
+
+def _long(qkv: Tensor, cos: Tensor | None, sin: Tensor | None, heads: int, graph: bool) -> Tensor:
+    q, k, v = _parts(qkv, heads)
+    if cos is not None and sin is not None:
+        run = _rotate_forward if torch.compiler.is_compiling() else _Rotate.apply if graph else _launch_rotate
+        q, k, copy = run(qkv, cos, sin, heads, graph)
+        v = copy if graph else v
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    return out.transpose(1, 2).flatten(-2)
 
 
 # ---------------------------------------------------------------------------------------------------- public function
@@ -66,9 +428,22 @@ def rope_attention(qkv: Tensor, cos: Tensor | None, sin: Tensor | None, *, heads
     (qkv,) = autocast(qkv)
     if cos is not None and sin is not None:
         cos, sin = cos.detach(), sin.detach()
-    choose("rope_attention", backend, qkv.device, None, qkv.dtype)
+    reference = choose("rope_attention", backend, qkv.device, None, qkv.dtype) == "reference"
     with torch.autocast(qkv.device.type, enabled=False):
-        return rope_attention_reference(qkv, cos, sin, heads=heads)
+        if reference:
+            return rope_attention_reference(qkv, cos, sin, heads=heads)
+        graph = torch.is_grad_enabled() and qkv.requires_grad
+        if not _short(qkv, heads):
+            return _long(qkv, cos, sin, heads, graph)
+        compiling = torch.compiler.is_compiling()
+        run = _attention_forward if compiling else _RopeAttention.apply if graph else _launch_forward
+        return run(qkv, cos, sin, heads, graph)[0]
+
+
+def _short(qkv: Tensor, heads: int) -> bool:
+    """Whether a head of a sequence fits one program of an sm_86; float32 would take twice the shared memory."""
+    size = qkv.shape[-1] // (3 * heads)
+    return qkv.dtype.itemsize == 2 and qkv.shape[1] <= MAX_LENGTH and size in HEAD_SIZES
 
 
 def _check(qkv: Tensor, cos: Tensor | None, sin: Tensor | None, heads: int) -> None:
