@@ -160,7 +160,10 @@ def load_puzzles(path: str | os.PathLike[str], task: str | None = None, *, check
         raise UsageError(f"{path} has no rows")
     if (task or guess_task(rows[0].question)) == "maze":
         return maze.from_rows(rows)
-    return sudoku.from_rows(rows, check_unique=check_unique).puzzles
+    rated, refused = sudoku.from_rows(rows, check_unique=check_unique)
+    if refused:
+        raise UsageError(refused[0] + (f" (and {len(refused) - 1} more)" if refused[1:] else ""))
+    return rated.puzzles
 
 
 def _load_npz(path: Path, task: str | None) -> PuzzleSet:
