@@ -88,23 +88,23 @@ def _pack_kernel(
 
 
 @jit
-def _tile(tile, batch_stride, stride, width, FIRST: tl.constexpr, PART: tl.constexpr, LENGTH: tl.constexpr,
+def _tile(tile, FIRST: tl.constexpr, PART: tl.constexpr, LENGTH: tl.constexpr, WIDTH: tl.constexpr,
           CHANNELS: tl.constexpr):  # fmt: skip
-    """Offsets (int64) and mask of positions [FIRST, FIRST + PART) of the tile's sequence and channels."""
-    blocks = tl.cdiv(width, CHANNELS)
-    positions = FIRST + tl.arange(0, PART)
+    """Offsets (int64) in (B, L, d) and mask of positions [FIRST, FIRST + PART) of the tile's sequence and channels."""
+    blocks = tl.cdiv(WIDTH, CHANNELS)
     channels = (tile % blocks) * CHANNELS + tl.arange(0, CHANNELS)
-    start = (tile // blocks).to(tl.int64) * batch_stride
-    offsets = start + positions.to(tl.int64)[:, None] * stride + channels[None, :]
-    return offsets, (positions < LENGTH)[:, None] & (channels < width)[None, :]
+    positions = FIRST + tl.arange(0, PART)
+    mask = (positions < LENGTH)[:, None] & (channels < WIDTH)[None, :]
+    start = (tile // blocks).to(tl.int64) * (LENGTH * WIDTH)
+    return start + (positions[:, None] * WIDTH + channels[None, :]), mask
 
 
 @jit
-def _scales(tile, width, CHANNELS: tl.constexpr):
+def _scales(tile, WIDTH: tl.constexpr, CHANNELS: tl.constexpr):
     """Offsets (int64) and mask of the tile's channels in (B, d)."""
-    blocks = tl.cdiv(width, CHANNELS)
+    blocks = tl.cdiv(WIDTH, CHANNELS)
     channels = (tile % blocks) * CHANNELS + tl.arange(0, CHANNELS)
-    return (tile // blocks).to(tl.int64) * width + channels, channels < width
+    return (tile // blocks).to(tl.int64) * WIDTH + channels, channels < WIDTH
 
 
 @jit
@@ -125,8 +125,8 @@ def _root(squares, eps, LENGTH: tl.constexpr, MATH: tl.constexpr):
 @jit
 def _mixer_forward_kernel(
     x_ptr, packed_ptr, out_ptr, scale_ptr,
-    width, padded_inner, x_batch_stride, x_stride, eps,
-    SAVE: tl.constexpr, LENGTH: tl.constexpr, PART1: tl.constexpr, PART2: tl.constexpr,
+    padded_inner, eps,
+    SAVE: tl.constexpr, LENGTH: tl.constexpr, WIDTH: tl.constexpr, PART1: tl.constexpr, PART2: tl.constexpr,
     CHANNELS: tl.constexpr, INNER: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr, MATH: tl.constexpr,
 ):  # fmt: skip
@@ -134,12 +134,12 @@ def _mixer_forward_kernel(
     PADDED: tl.constexpr = PART1 + PART2
     tile = tl.program_id(0)
     matrix = padded_inner * PADDED
-    offsets, mask = _tile(tile, x_batch_stride, x_stride, width, 0, PART1, LENGTH, CHANNELS)
-    x1 = tl.trans(tl.load(x_ptr + offsets, mask=mask, other=0.0))
+    offsets1, mask1 = _tile(tile, 0, PART1, LENGTH, WIDTH, CHANNELS)
+    x1 = tl.trans(tl.load(x_ptr + offsets1, mask=mask1, other=0.0))
     v1 = x1.to(tl.float32)
     if PART2 > 0:
-        offsets, mask = _tile(tile, x_batch_stride, x_stride, width, PART1, PART2, LENGTH, CHANNELS)
-        x2 = tl.trans(tl.load(x_ptr + offsets, mask=mask, other=0.0))
+        offsets2, mask2 = _tile(tile, PART1, PART2, LENGTH, WIDTH, CHANNELS)
+        x2 = tl.trans(tl.load(x_ptr + offsets2, mask=mask2, other=0.0))
         v2 = x2.to(tl.float32)
     for first in tl.range(0, padded_inner, INNER, num_stages=STAGES):
         g = tl.dot(x1, tl.trans(_weights(packed_ptr, first, 0, PART1, PADDED, INNER)), input_precision=PRECISION)
@@ -162,18 +162,16 @@ def _mixer_forward_kernel(
         squares += tl.sum(v2 * v2, 1)
     scale = _root(squares, eps, LENGTH, MATH)
     if SAVE:
-        offsets, mask = _scales(tile, width, CHANNELS)
+        offsets, mask = _scales(tile, WIDTH, CHANNELS)
         tl.store(scale_ptr + offsets, scale, mask=mask)
-    offsets, mask = _tile(tile, LENGTH * width, width, width, 0, PART1, LENGTH, CHANNELS)
-    tl.store(out_ptr + offsets, tl.trans((v1 * scale[:, None]).to(x1.dtype)), mask=mask)
+    tl.store(out_ptr + offsets1, tl.trans((v1 * scale[:, None]).to(x1.dtype)), mask=mask1)
     if PART2 > 0:
-        offsets, mask = _tile(tile, LENGTH * width, width, width, PART1, PART2, LENGTH, CHANNELS)
-        tl.store(out_ptr + offsets, tl.trans((v2 * scale[:, None]).to(x1.dtype)), mask=mask)
+        tl.store(out_ptr + offsets2, tl.trans((v2 * scale[:, None]).to(x1.dtype)), mask=mask2)
 
 
 @jit
 def _slopes(g, u, grad_hidden, MATH: tl.constexpr):
-    """silu(g) * u and the gradients of g and u, given that of the first."""
+    """silu(g) * u and, given its gradient, those of g and u."""
     s = sigmoid(g, MATH)
     silu = g * s
     return silu * u, grad_hidden * u * (s + silu * (1.0 - s)), grad_hidden * silu
@@ -182,8 +180,8 @@ def _slopes(g, u, grad_hidden, MATH: tl.constexpr):
 @jit
 def _mixer_backward_x_kernel(
     grad_ptr, x_ptr, out_ptr, scale_ptr, packed_ptr, grad_v_ptr, grad_x_ptr,
-    width, padded_inner, grad_batch_stride, grad_stride, x_batch_stride, x_stride, eps,
-    LENGTH: tl.constexpr, PART1: tl.constexpr, PART2: tl.constexpr,
+    padded_inner, eps,
+    LENGTH: tl.constexpr, WIDTH: tl.constexpr, PART1: tl.constexpr, PART2: tl.constexpr,
     CHANNELS: tl.constexpr, INNER: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr, MATH: tl.constexpr,
 ):  # fmt: skip
@@ -192,49 +190,44 @@ def _mixer_backward_x_kernel(
     tile = tl.program_id(0)
     matrix = padded_inner * PADDED
     dtype = x_ptr.dtype.element_ty
-    offsets, mask = _scales(tile, width, CHANNELS)
+    offsets, mask = _scales(tile, WIDTH, CHANNELS)
     scale = tl.load(scale_ptr + offsets, mask=mask, other=0.0)
-    own, mask = _tile(tile, LENGTH * width, width, width, 0, PART1, LENGTH, CHANNELS)
-    offsets, _ = _tile(tile, grad_batch_stride, grad_stride, width, 0, PART1, LENGTH, CHANNELS)
-    grad1 = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    y1 = tl.load(out_ptr + own, mask=mask, other=0.0).to(tl.float32)
+    offsets1, mask1 = _tile(tile, 0, PART1, LENGTH, WIDTH, CHANNELS)
+    grad1 = tl.load(grad_ptr + offsets1, mask=mask1, other=0.0).to(tl.float32)
+    y1 = tl.load(out_ptr + offsets1, mask=mask1, other=0.0).to(tl.float32)
     product, squares = tl.sum(grad1 * y1, 0), tl.sum(y1 * y1, 0)
     if PART2 > 0:
-        own2, mask2 = _tile(tile, LENGTH * width, width, width, PART1, PART2, LENGTH, CHANNELS)
-        offsets, _ = _tile(tile, grad_batch_stride, grad_stride, width, PART1, PART2, LENGTH, CHANNELS)
-        grad2 = tl.load(grad_ptr + offsets, mask=mask2, other=0.0).to(tl.float32)
-        y2 = tl.load(out_ptr + own2, mask=mask2, other=0.0).to(tl.float32)
+        offsets2, mask2 = _tile(tile, PART1, PART2, LENGTH, WIDTH, CHANNELS)
+        grad2 = tl.load(grad_ptr + offsets2, mask=mask2, other=0.0).to(tl.float32)
+        y2 = tl.load(out_ptr + offsets2, mask=mask2, other=0.0).to(tl.float32)
         product += tl.sum(grad2 * y2, 0)
         squares += tl.sum(y2 * y2, 0)
     # mean(grad * y) as it would be had y not been rounded: the mean of its squares is 1 - eps * scale^2
     along = (product / tl.maximum(squares, 1e-30) * (1.0 - eps * scale * scale))[None, :]
     scale = scale[None, :]
+    grad1 = scale * (grad1 - y1 * along)  # of v
+    tl.store(grad_v_ptr + offsets1, grad1.to(dtype), mask=mask1)
+    low1, grad1 = tl.trans(grad1.to(dtype)), tl.trans(grad1)
+    x1 = tl.trans(tl.load(x_ptr + offsets1, mask=mask1, other=0.0))
     if PART2 > 0:
-        grad2 = scale * (grad2 - y2 * along)  # of v
-        tl.store(grad_v_ptr + own2, grad2.to(dtype), mask=mask2)
-        low2 = tl.trans(grad2.to(dtype))
-        grad2 = tl.trans(grad2)
-        offsets, _ = _tile(tile, x_batch_stride, x_stride, width, PART1, PART2, LENGTH, CHANNELS)
-        x2 = tl.trans(tl.load(x_ptr + offsets, mask=mask2, other=0.0))
-    grad1 = scale * (grad1 - y1 * along)
-    tl.store(grad_v_ptr + own, grad1.to(dtype), mask=mask)
-    low1 = tl.trans(grad1.to(dtype))
-    grad1 = tl.trans(grad1)
-    offsets, _ = _tile(tile, x_batch_stride, x_stride, width, 0, PART1, LENGTH, CHANNELS)
-    x1 = tl.trans(tl.load(x_ptr + offsets, mask=mask, other=0.0))
+        grad2 = scale * (grad2 - y2 * along)
+        tl.store(grad_v_ptr + offsets2, grad2.to(dtype), mask=mask2)
+        low2, grad2 = tl.trans(grad2.to(dtype)), tl.trans(grad2)
+        x2 = tl.trans(tl.load(x_ptr + offsets2, mask=mask2, other=0.0))
     for first in tl.range(0, padded_inner, INNER, num_stages=STAGES):
         gate1 = _weights(packed_ptr, first, 0, PART1, PADDED, INNER)
         up1 = _weights(packed_ptr + matrix, first, 0, PART1, PADDED, INNER)
         down1 = _weights(packed_ptr + 2 * matrix, first, 0, PART1, PADDED, INNER)
         g = tl.dot(x1, tl.trans(gate1), input_precision=PRECISION)
         u = tl.dot(x1, tl.trans(up1), input_precision=PRECISION)
-        grad_hidden = tl.dot(low1, tl.trans(down1), input_precision=PRECISION)
         if PART2 > 0:
             gate2 = _weights(packed_ptr, first, PART1, PART2, PADDED, INNER)
             up2 = _weights(packed_ptr + matrix, first, PART1, PART2, PADDED, INNER)
             down2 = _weights(packed_ptr + 2 * matrix, first, PART1, PART2, PADDED, INNER)
             g = dot_add(x2, tl.trans(gate2), g, PRECISION, MATH)
             u = dot_add(x2, tl.trans(up2), u, PRECISION, MATH)
+        grad_hidden = tl.dot(low1, tl.trans(down1), input_precision=PRECISION)
+        if PART2 > 0:
             grad_hidden = dot_add(low2, tl.trans(down2), grad_hidden, PRECISION, MATH)
         _hidden, grad_g, grad_u = _slopes(g, u, grad_hidden, MATH)
         grad_g, grad_u = grad_g.to(dtype), grad_u.to(dtype)
@@ -243,78 +236,50 @@ def _mixer_backward_x_kernel(
         if PART2 > 0:
             grad2 = dot_add(grad_g, gate2, grad2, PRECISION, MATH)
             grad2 = dot_add(grad_u, up2, grad2, PRECISION, MATH)
-    own, mask = _tile(tile, LENGTH * width, width, width, 0, PART1, LENGTH, CHANNELS)
-    tl.store(grad_x_ptr + own, tl.trans(grad1.to(dtype)), mask=mask)
+    tl.store(grad_x_ptr + offsets1, tl.trans(grad1.to(dtype)), mask=mask1)
     if PART2 > 0:
-        own, mask = _tile(tile, LENGTH * width, width, width, PART1, PART2, LENGTH, CHANNELS)
-        tl.store(grad_x_ptr + own, tl.trans(grad2.to(dtype)), mask=mask)
+        tl.store(grad_x_ptr + offsets2, tl.trans(grad2.to(dtype)), mask=mask2)
 
 
 @jit
 def _mixer_backward_w_kernel(
     x_ptr, grad_v_ptr, packed_ptr, partial_ptr,
-    tiles, width, padded_inner, x_batch_stride, x_stride,
-    LENGTH: tl.constexpr, PART1: tl.constexpr, PART2: tl.constexpr,
+    tiles, padded_inner,
+    LENGTH: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
     CHANNELS: tl.constexpr, INNER: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr, MATH: tl.constexpr,
 ):  # fmt: skip
-    """Weight gradients of INNER of the I rows over this program's share of the tiles; they stay on chip until the end.
+    """Weight gradients, transposed, of INNER of the I hidden values over this program's share of the tiles.
 
-    Rows are hidden values here, so again the products of one dot are the left operand of the next."""
-    PADDED: tl.constexpr = PART1 + PART2
+    The three sums, (PADDED, INNER) each, stay in registers until the end. Their rows are positions, as a matrix unit
+    of sm_90 takes 64 rows or more: positions come in one part here.
+    """
     first = tl.program_id(0) * INNER
     matrix = padded_inner * PADDED
-    gate1 = _weights(packed_ptr, first, 0, PART1, PADDED, INNER)
-    up1 = _weights(packed_ptr + matrix, first, 0, PART1, PADDED, INNER)
-    down1 = _weights(packed_ptr + 2 * matrix, first, 0, PART1, PADDED, INNER)
-    dtype = gate1.dtype
-    grad_gate1 = tl.zeros((INNER, PART1), tl.float32)
-    grad_up1 = tl.zeros((INNER, PART1), tl.float32)
-    grad_down1 = tl.zeros((INNER, PART1), tl.float32)
-    if PART2 > 0:
-        gate2 = _weights(packed_ptr, first, PART1, PART2, PADDED, INNER)
-        up2 = _weights(packed_ptr + matrix, first, PART1, PART2, PADDED, INNER)
-        down2 = _weights(packed_ptr + 2 * matrix, first, PART1, PART2, PADDED, INNER)
-        grad_gate2 = tl.zeros((INNER, PART2), tl.float32)
-        grad_up2 = tl.zeros((INNER, PART2), tl.float32)
-        grad_down2 = tl.zeros((INNER, PART2), tl.float32)
+    gate = _weights(packed_ptr, first, 0, PADDED, PADDED, INNER)
+    up = _weights(packed_ptr + matrix, first, 0, PADDED, PADDED, INNER)
+    down = _weights(packed_ptr + 2 * matrix, first, 0, PADDED, PADDED, INNER)
+    dtype = gate.dtype
+    grad_gate = tl.zeros((PADDED, INNER), tl.float32)
+    grad_up = tl.zeros((PADDED, INNER), tl.float32)
+    grad_down = tl.zeros((PADDED, INNER), tl.float32)
     for tile in tl.range(tl.program_id(1), tiles, tl.num_programs(1), num_stages=STAGES):
-        offsets, mask = _tile(tile, x_batch_stride, x_stride, width, 0, PART1, LENGTH, CHANNELS)
-        x1 = tl.load(x_ptr + offsets, mask=mask, other=0.0)
-        offsets, mask = _tile(tile, LENGTH * width, width, width, 0, PART1, LENGTH, CHANNELS)
-        grad_v1 = tl.load(grad_v_ptr + offsets, mask=mask, other=0.0)
-        g = tl.dot(gate1, x1, input_precision=PRECISION)
-        u = tl.dot(up1, x1, input_precision=PRECISION)
-        grad_hidden = tl.dot(down1, grad_v1, input_precision=PRECISION)
-        if PART2 > 0:
-            offsets, mask = _tile(tile, x_batch_stride, x_stride, width, PART1, PART2, LENGTH, CHANNELS)
-            x2 = tl.load(x_ptr + offsets, mask=mask, other=0.0)
-            offsets, mask = _tile(tile, LENGTH * width, width, width, PART1, PART2, LENGTH, CHANNELS)
-            grad_v2 = tl.load(grad_v_ptr + offsets, mask=mask, other=0.0)
-            g = dot_add(gate2, x2, g, PRECISION, MATH)
-            u = dot_add(up2, x2, u, PRECISION, MATH)
-            grad_hidden = dot_add(down2, grad_v2, grad_hidden, PRECISION, MATH)
+        offsets, mask = _tile(tile, 0, PADDED, LENGTH, WIDTH, CHANNELS)
+        x = tl.load(x_ptr + offsets, mask=mask, other=0.0)
+        grad_v = tl.load(grad_v_ptr + offsets, mask=mask, other=0.0)
+        g = tl.dot(tl.trans(x), tl.trans(gate), input_precision=PRECISION)
+        u = tl.dot(tl.trans(x), tl.trans(up), input_precision=PRECISION)
+        grad_hidden = tl.dot(tl.trans(grad_v), tl.trans(down), input_precision=PRECISION)
         hidden, grad_g, grad_u = _slopes(g, u, grad_hidden, MATH)
         hidden, grad_g, grad_u = hidden.to(dtype), grad_g.to(dtype), grad_u.to(dtype)
-        grad_gate1 = dot_add(grad_g, tl.trans(x1), grad_gate1, PRECISION, MATH)
-        grad_up1 = dot_add(grad_u, tl.trans(x1), grad_up1, PRECISION, MATH)
-        grad_down1 = dot_add(hidden, tl.trans(grad_v1), grad_down1, PRECISION, MATH)
-        if PART2 > 0:
-            grad_gate2 = dot_add(grad_g, tl.trans(x2), grad_gate2, PRECISION, MATH)
-            grad_up2 = dot_add(grad_u, tl.trans(x2), grad_up2, PRECISION, MATH)
-            grad_down2 = dot_add(hidden, tl.trans(grad_v2), grad_down2, PRECISION, MATH)
-    # (programs, 3, padded I, PADDED)
-    partial = partial_ptr + tl.program_id(1).to(tl.int64) * 3 * matrix
-    rows = (first + tl.arange(0, INNER))[:, None] * PADDED
-    columns = tl.arange(0, PART1)[None, :]
-    tl.store(partial + rows + columns, grad_gate1)
-    tl.store(partial + matrix + rows + columns, grad_up1)
-    tl.store(partial + 2 * matrix + rows + columns, grad_down1)
-    if PART2 > 0:
-        columns = PART1 + tl.arange(0, PART2)[None, :]
-        tl.store(partial + rows + columns, grad_gate2)
-        tl.store(partial + matrix + rows + columns, grad_up2)
-        tl.store(partial + 2 * matrix + rows + columns, grad_down2)
+        grad_down = dot_add(grad_v, hidden, grad_down, PRECISION, MATH)
+        grad_gate = dot_add(x, grad_g, grad_gate, PRECISION, MATH)
+        grad_up = dot_add(x, grad_u, grad_up, PRECISION, MATH)
+    partial = partial_ptr + tl.program_id(1).to(tl.int64) * 3 * matrix  # (programs, 3, PADDED, padded I)
+    offsets = tl.arange(0, PADDED)[:, None] * padded_inner + first + tl.arange(0, INNER)[None, :]
+    tl.store(partial + offsets, grad_gate)
+    tl.store(partial + matrix + offsets, grad_up)
+    tl.store(partial + 2 * matrix + offsets, grad_down)
 
 
 # ---------------------------------------------------------------------------------------------------- launch table
@@ -350,17 +315,17 @@ MIXER_TABLE: dict[str, Entries] = {
         (4, "long"): MixerConfig(16, 16, 4, 1),
     },
     "mixer_backward_w": {
-        (2, "short"): MixerConfig(32, 64, 8, 2),
-        (2, "long"): MixerConfig(32, 64, 8, 2),
-        (4, "short"): MixerConfig(16, 16, 4, 1),
-        (4, "long"): MixerConfig(16, 16, 4, 1),
+        (2, "short"): MixerConfig(32, 32, 8),
+        (2, "long"): MixerConfig(32, 32, 8),
+        (4, "short"): MixerConfig(16, 16, 8, 1),
+        (4, "long"): MixerConfig(16, 16, 8, 1),
     },
 }
 # What replaces entries from sm_90 on, whose matrix units want 64 rows a warpgroup
 MIXER_HOPPER: dict[str, Entries] = {
     "mixer_forward": {(2, "short"): MixerConfig(128, 64, 8), (2, "long"): MixerConfig(128, 64, 8)},
     "mixer_backward_x": {(2, "short"): MixerConfig(128, 32, 8), (2, "long"): MixerConfig(128, 32, 8)},
-    "mixer_backward_w": {(2, "short"): MixerConfig(64, 64, 8), (2, "long"): MixerConfig(64, 64, 8)},
+    "mixer_backward_w": {(2, "short"): MixerConfig(128, 64, 8), (2, "long"): MixerConfig(128, 64, 8)},
 }
 _overrides: dict[str, MixerConfig] = {}
 
@@ -398,14 +363,24 @@ def parts(length: int) -> tuple[int, int]:
     return first, next(size for size in (0, 16, 32, 64) if first + size >= length)
 
 
+def padded_length(kernel: str, length: int) -> int:
+    """Columns of the packed weights that this kernel takes."""
+    whole = next(size for size in (16, 32, 64, MAX_LENGTH) if size >= length)
+    return whole if kernel == "mixer_backward_w" else sum(parts(length))
+
+
 @cache
-def mixer_options(config: MixerConfig, length: int, dtype: torch.dtype, exact: bool = True) -> dict[str, object]:
-    """The compile-time constants and launch options that the kernels of `MIXER_TABLE` take."""
-    first, second = parts(length)
+def mixer_options(
+    kernel: str, config: MixerConfig, length: int, width: int, dtype: torch.dtype, exact: bool = True
+) -> dict[str, object]:
+    """The compile-time constants and launch options that a kernel of `MIXER_TABLE` takes."""
+    positions = dict(zip(("PART1", "PART2"), parts(length), strict=True))
+    if kernel == "mixer_backward_w":
+        positions = {"PADDED": padded_length(kernel, length)}
     return {
         "LENGTH": length,
-        "PART1": first,
-        "PART2": second,
+        "WIDTH": width,
+        **positions,
         "CHANNELS": config.channels,
         "INNER": config.inner,
         "STAGES": config.stages,
@@ -413,17 +388,17 @@ def mixer_options(config: MixerConfig, length: int, dtype: torch.dtype, exact: b
         "MATH": _math(dtype),
         "num_warps": config.warps,
         "maxnreg": config.registers,
-        "enable_fp_fusion": True,
+        "enable_fp_fusion": True,  # Triton's default until 3.9
     }
 
 
 def _configuration(kernel: str, x: Tensor) -> tuple[MixerConfig, dict[str, object]]:
-    length = x.shape[1]
+    _, length, width = x.shape
     reach = "long" if parts(length)[1] == 64 else "short"
     table = mixer_entries(kernel, _capability(x.device))
     config = _overrides.get(kernel) or table[x.dtype.itemsize, reach]
     exact = torch.get_float32_matmul_precision() == "highest"  # unless the user turned tf32 on
-    return config, mixer_options(config, length, x.dtype, exact)
+    return config, mixer_options(kernel, config, length, width, x.dtype, exact)
 
 
 # ---------------------------------------------------------------------------------------------------- autograd
@@ -433,37 +408,35 @@ def _unit_stride(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _pack(w_gate_up: Tensor, w_down: Tensor, chunk: int, halve: bool) -> Tensor:
-    """(3, padded I, padded L): gate (halved for `silu_times`, if `halve`), up and down transposed. A few microseconds:
-    done for each call, as weights change with each optimizer step."""
-    gate_up, down = _unit_stride(w_gate_up), _unit_stride(w_down)
+def _pack(kernel: str, config: MixerConfig, w_gate_up: Tensor, w_down: Tensor) -> Tensor:
+    """The weights as `_pack_kernel` lays them out for this kernel; the gate is halved for the forward's `silu_times`.
+
+    Takes a few microseconds and is done for each call: nothing to keep in step with the optimizer.
+    """
     length, inner = w_down.shape
-    padded, rows = sum(parts(length)), ceil_div(inner, chunk) * chunk
+    rows, padded = ceil_div(inner, config.inner) * config.inner, padded_length(kernel, length)
     packed = torch.empty((3, rows, padded), dtype=w_down.dtype, device=w_down.device)
+    gate_up, down = _unit_stride(w_gate_up), _unit_stride(w_down)
     _pack_kernel[ceil_div(rows, 16), 3](
         gate_up, down, packed, inner, rows, gate_up.stride(0), down.stride(0),
-        LENGTH=length, PADDED=padded, BLOCK=128 if padded > 64 else padded,
-        MATH=_math(w_down.dtype) if halve else "plain",
+        LENGTH=length, PADDED=padded, BLOCK=padded_length("mixer_backward_w", length),
+        MATH=_math(w_down.dtype) if kernel == "mixer_forward" else "plain",
     )  # fmt: skip
     return packed
 
 
-def _launch_forward(
-    x: Tensor, w_gate_up: Tensor, w_down: Tensor, eps: float, save: bool
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _launch_forward(x: Tensor, w_gate_up: Tensor, w_down: Tensor, eps: float, save: bool) -> tuple[Tensor, Tensor]:
     """Launches the forward; returns y and, if `save`, the norm's scale (B, d)."""
     batch, _, width = x.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     scale = torch.empty((batch, width) if save else (0,), dtype=torch.float32, device=x.device)
     if x.numel() > 0:
         config, options = _configuration("mixer_forward", x)
-        states = _unit_stride(x)
         with device_of(x):
-            packed = _pack(w_gate_up, w_down, config.inner, halve=True)
+            packed = _pack("mixer_forward", config, w_gate_up, w_down)
             _mixer_forward_kernel[(batch * ceil_div(width, config.channels),)](
-                states, packed, out, scale,
-                width, packed.shape[1], states.stride(0), states.stride(1), eps, SAVE=save, **options,
-            )  # fmt: skip
+                x.contiguous(), packed, out, scale, packed.shape[1], eps, SAVE=save, **options
+            )
     return out, scale
 
 
@@ -477,8 +450,7 @@ def _(x, w_gate_up, w_down, eps, save):
 
 
 def _launch_backward(
-    grad: Tensor, x: Tensor, w_gate_up: Tensor, w_down: Tensor, out: Tensor, scale: Tensor,
-    eps: float, grad_w: bool,
+    grad: Tensor, x: Tensor, w_gate_up: Tensor, w_down: Tensor, out: Tensor, scale: Tensor, eps: float, grad_w: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, w_gate_up and w_down; the last two are empty unless `grad_w`."""
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -487,35 +459,31 @@ def _launch_backward(
         return grad_x, *((torch.zeros_like(w_gate_up), torch.zeros_like(w_down)) if grad_w else empty)
     batch, _, width = x.shape
     config, options = _configuration("mixer_backward_x", x)
-    grads, states = _unit_stride(grad), _unit_stride(x)
-    grad_v = torch.empty_like(grad_x)
+    x, grad_v = x.contiguous(), torch.empty_like(grad_x)
     with device_of(x):
-        packed = _pack(w_gate_up, w_down, config.inner, halve=False)
+        packed = _pack("mixer_backward_x", config, w_gate_up, w_down)
         _mixer_backward_x_kernel[(batch * ceil_div(width, config.channels),)](
-            grads, states, out, scale, packed, grad_v, grad_x,
-            width, packed.shape[1], grads.stride(0), grads.stride(1), states.stride(0), states.stride(1), eps,
-            **options,
-        )  # fmt: skip
+            grad.contiguous(), x, out, scale, packed, grad_v, grad_x, packed.shape[1], eps, **options
+        )
         if not grad_w:
             return grad_x, *empty
-        return grad_x, *_weight_gradients(states, grad_v, w_gate_up, w_down)
+        return grad_x, *_weight_gradients(x, grad_v, w_gate_up, w_down)
 
 
 def _weight_gradients(x: Tensor, grad_v: Tensor, w_gate_up: Tensor, w_down: Tensor) -> tuple[Tensor, Tensor]:
     batch, length, width = x.shape
     inner = w_down.shape[1]
     config, options = _configuration("mixer_backward_w", x)
-    packed = _pack(w_gate_up, w_down, config.inner, halve=False)
-    chunks = packed.shape[1] // config.inner
+    packed = _pack("mixer_backward_w", config, w_gate_up, w_down)
+    _, rows, padded = packed.shape
     tiles = batch * ceil_div(width, config.channels)
+    chunks = rows // config.inner
     shares = max(1, min(tiles, multiprocessors(x.device) * config.programs // chunks))
-    partial = torch.empty((shares, *packed.shape), dtype=torch.float32, device=x.device)
-    _mixer_backward_w_kernel[chunks, shares](
-        x, grad_v, packed, partial, tiles, width, packed.shape[1], x.stride(0), x.stride(1), **options
-    )
+    partial = torch.empty((shares, 3, padded, rows), dtype=torch.float32, device=x.device)
+    _mixer_backward_w_kernel[chunks, shares](x, grad_v, packed, partial, tiles, rows, **options)
     # one fixed order of summation: the same gradients every time
-    gate_up_down = partial.sum(0)[:, :inner, :length].to(x.dtype)
-    return gate_up_down[:2].reshape(2 * inner, length), gate_up_down[2].t().contiguous()
+    gate, up, down = partial.sum(0)[:, :length, :inner].to(x.dtype)
+    return torch.cat((gate.t(), up.t())), down.contiguous()
 
 
 _mixer_backward = torch.library.custom_op("hrm::token_mixer_backward", _launch_backward, mutates_args=())
