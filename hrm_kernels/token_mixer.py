@@ -271,10 +271,10 @@ def _mixer_backward_w_kernel(
         u = tl.dot(tl.trans(x), tl.trans(up), input_precision=PRECISION)
         grad_hidden = tl.dot(tl.trans(grad_v), tl.trans(down), input_precision=PRECISION)
         hidden, grad_g, grad_u = _slopes(g, u, grad_hidden, MATH)
-        hidden, grad_g, grad_u = hidden.to(dtype), grad_g.to(dtype), grad_u.to(dtype)
-        grad_down = dot_add(grad_v, hidden, grad_down, PRECISION, MATH)
-        grad_gate = dot_add(x, grad_g, grad_gate, PRECISION, MATH)
-        grad_up = dot_add(x, grad_u, grad_up, PRECISION, MATH)
+        # rounded where they are used and in this order, nothing spills on sm_90 and one buffer serves all three
+        grad_gate = dot_add(x, grad_g.to(dtype), grad_gate, PRECISION, MATH)
+        grad_up = dot_add(x, grad_u.to(dtype), grad_up, PRECISION, MATH)
+        grad_down = dot_add(grad_v, hidden.to(dtype), grad_down, PRECISION, MATH)
     partial = partial_ptr + tl.program_id(1).to(tl.int64) * 3 * matrix  # (programs, 3, PADDED, padded I)
     offsets = tl.arange(0, PADDED)[:, None] * padded_inner + first + tl.arange(0, INNER)[None, :]
     tl.store(partial + offsets, grad_gate)
