@@ -159,20 +159,29 @@ def load_puzzles(path: str | os.PathLike[str], task: str | None = None, *, check
     if not rows:
         raise UsageError(f"{path} has no rows")
     if (task or guess_task(rows[0].question)) == "maze":
-        return maze.from_rows(rows)
-    rated, refused = sudoku.from_rows(rows, check_unique=check_unique)
-    if refused:
-        raise UsageError(refused[0] + (f" (and {len(refused) - 1} more)" if refused[1:] else ""))
-    return rated.puzzles
+        puzzles, refused = maze.from_rows(rows)
+    else:
+        rated, refused = sudoku.from_rows(rows, check_unique=check_unique)
+        puzzles = rated.puzzles
+    return _unless_refused(puzzles, refused)
 
 
 def _load_npz(path: Path, task: str | None) -> PuzzleSet:
     from hrm.puzzle import maze
 
     arrays = read_npz(path)
-    puzzles = maze.from_arrays(arrays, path) if set(arrays) == {"inputs", "labels"} else PuzzleSet.load(path)
+    if set(arrays) == {"inputs", "labels"}:
+        puzzles = _unless_refused(*maze.from_arrays(arrays, path))
+    else:
+        puzzles = PuzzleSet.load(path)
     if task not in (None, puzzles.task):
         raise UsageError(f"{path} holds puzzles of the task {puzzles.task!r}; it should hold {task!r}")
+    return puzzles
+
+
+def _unless_refused(puzzles: PuzzleSet, refused: Sequence[str]) -> PuzzleSet:
+    if refused:
+        raise UsageError(refused[0] + (f" (and {len(refused) - 1} more rows)" if refused[1:] else ""))
     return puzzles
 
 
