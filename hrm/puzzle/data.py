@@ -239,11 +239,13 @@ class Augmenter(Protocol):
 
 def augmenter_of(puzzles: PuzzleSet) -> Augmenter:
     """The augmentation that the published training runs use for the set's task."""
-    from hrm.puzzle import maze, sudoku
+    from hrm.puzzle import arc, maze, sudoku
 
     if puzzles.task == "sudoku":
         return sudoku.SudokuAugmenter(puzzles.side[0])
-    return maze.MazeAugmenter(puzzles.side)
+    if puzzles.task == "maze":
+        return maze.MazeAugmenter(puzzles.side)
+    return arc.ArcAugmenter(puzzles.side)
 
 
 class BatchStream:
