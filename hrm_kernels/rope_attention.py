@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from hrm_kernels._backend import choose
 from hrm_kernels._checks import autocast, check_shape, check_tensors, fail, shape
-from hrm_kernels._triton import ceil_div, device_of, jit, tl, triton
+from hrm_kernels._triton import _capability, ceil_div, device_of, jit, tl, triton
 
 # ---------------------------------------------------------------------------------------------------- reference
 
@@ -53,14 +53,38 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 MAX_LENGTH = 128  # tokens of a sequence that one program holds
 HEAD_SIZES = (16, 32, 64)
+
+# {(kernel, major compute capability): (keys or queries of a step, most registers a thread of 8 warps)}; 128 registers let
+# two programs in
+STEPS: dict[tuple[str, int], tuple[int, int | None]] = {
+    ("forward", 8): (16, 128),
+    ("backward", 8): (16, None),
+    ("forward", 9): (32, None),
+    ("backward", 9): (32, None),
+}
 ROTATE_ROWS, ROTATE_WARPS = 64, 4  # heads of tokens that a program of the rotation handles
 
 
 @cache
-def attention_options(length: int, size: int) -> dict[str, Any]:
-    """Compile-time constants and launch options of the fused kernels: all tokens at once, 16 rows a warp."""
-    block = max(16, triton.next_power_of_2(length))
-    return {"D": size, "BLOCK_H": max(16, size // 2), "BLOCK_L": block, "num_warps": block // 16, "num_stages": 1}
+def attention_options(kernel: str, length: int, size: int, major: int) -> dict[str, Any]:
+    """Compile-time constants and launch options of the "forward" or "backward" kernel: 16 rows a warp. Blocks of
+    less than 64 rows would leave too few warps to share the loads."""
+    block = 64 if length <= 64 else MAX_LENGTH
+    step, registers = STEPS[kernel, 9 if major >= 9 else 8]
+    return {
+        "D": size,
+        "BLOCK_H": max(16, size // 2),
+        "BLOCK_L": block,
+        "BLOCK_K": step,
+        "num_warps": block // 16,
+        "num_stages": 1,
+        "maxnreg": registers if block == MAX_LENGTH else None,
+    }
+
+
+def rotate_options(size: int) -> dict[str, Any]:
+    """Compile-time constants and launch options of the rotation."""
+    return {"D": size, "BLOCK_H": triton.next_power_of_2(size // 2), "BLOCK_N": ROTATE_ROWS, "num_warps": ROTATE_WARPS}
 
 
 @jit
@@ -83,101 +107,162 @@ def _table(cos_ptr, sin_ptr, offsets, mask, D: tl.constexpr):
     return cos_1.to(tl.float32), cos_2.to(tl.float32), sin_1.to(tl.float32), sin_2.to(tl.float32)
 
 
+@jit
+def _rotated_rows(
+    x_ptr, cos_ptr, sin_ptr, rows, length, row_stride,
+    ROTATE: tl.constexpr, D: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """The halves of these rows of one head, rotated; zero past the end."""
+    half = tl.arange(0, BLOCK_H)[None, :]
+    mask = (rows < length)[:, None] & (half < D // 2)
+    first, second = _halves(x_ptr, rows.to(tl.int64)[:, None] * row_stride + half, mask, D)
+    dtype = first.dtype
+    if ROTATE:
+        cos_1, cos_2, sin_1, sin_2 = _table(cos_ptr, sin_ptr, rows[:, None] * D + half, mask, D)
+        wide_1, wide_2 = _rotated(first, second, cos_1, cos_2, sin_1, sin_2)
+        first, second = wide_1.to(dtype), wide_2.to(dtype)
+    return first, second
+
+
+@jit
+def _store_rotated_back(
+    first, second, to_ptr, cos_ptr, sin_ptr, rows, length, row_stride,
+    ROTATE: tl.constexpr, D: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """Writes the gradient of rows of which `first` and `second` are the gradients after rotation."""
+    half = tl.arange(0, BLOCK_H)[None, :]
+    mask = (rows < length)[:, None] & (half < D // 2)
+    if ROTATE:  # the other way: the sines' halves exchanged and negated
+        cos_1, cos_2, sin_1, sin_2 = _table(cos_ptr, sin_ptr, rows[:, None] * D + half, mask, D)
+        first, second = _rotated(first, second, cos_1, cos_2, -sin_2, -sin_1)
+    to = to_ptr + rows.to(tl.int64)[:, None] * row_stride + half
+    tl.store(to, first.to(to_ptr.dtype.element_ty), mask=mask)
+    tl.store(to + D // 2, second.to(to_ptr.dtype.element_ty), mask=mask)
+
+
 @jit(do_not_specialize=["length"])
 def _attention_forward_kernel(
     qkv_ptr, cos_ptr, sin_ptr, out_ptr, lse_ptr,
     length, heads, batch_stride, row_stride,
     SAVE: tl.constexpr, ROTATE: tl.constexpr, D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_L: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One head of one sequence; `lse` is the logarithm, base 2, of the softmax's denominator."""
+    """One head of one sequence: all queries, the keys a tile at a time. `lse` is the logarithm, base 2, of the
+    softmax's denominator."""
     sequence = (tl.program_id(0) // heads).to(tl.int64)
     head = tl.program_id(0) % heads
     rows = tl.arange(0, BLOCK_L)
-    half = tl.arange(0, BLOCK_H)[None, :]
     whole = tl.arange(0, D)[None, :]
-    inside = (rows < length)[:, None]
-    mask = inside & (half < D // 2)
-    offsets = rows.to(tl.int64)[:, None] * row_stride
     q_ptr = qkv_ptr + sequence * batch_stride + head * D
-    q_1, q_2 = _halves(q_ptr, offsets + half, mask, D)
-    k_1, k_2 = _halves(q_ptr + heads * D, offsets + half, mask, D)
-    v = tl.load(q_ptr + 2 * heads * D + offsets + whole, mask=inside, other=0.0)
-    dtype = v.dtype
-    if ROTATE:
-        cos_1, cos_2, sin_1, sin_2 = _table(cos_ptr, sin_ptr, rows[:, None] * D + half, mask, D)
-        q_1, q_2 = _rotated(q_1, q_2, cos_1, cos_2, sin_1, sin_2)
-        k_1, k_2 = _rotated(k_1, k_2, cos_1, cos_2, sin_1, sin_2)
-    # to base 2 in float32, after the product
+    k_ptr = q_ptr + heads * D
+    v_ptr = k_ptr + heads * D
+    q_1, q_2 = _rotated_rows(q_ptr, cos_ptr, sin_ptr, rows, length, row_stride, ROTATE, D, BLOCK_H)
     to_base_2: tl.constexpr = 1.4426950408889634 / (D**0.5)
-    scores = tl.dot(q_1.to(dtype), tl.trans(k_1.to(dtype)), input_precision="ieee")
-    scores = tl.dot(q_2.to(dtype), tl.trans(k_2.to(dtype)), scores, input_precision="ieee")
-    scores = tl.where((rows < length)[None, :], scores, float("-inf"))
-    top = tl.max(scores, 1) * to_base_2
-    weights = tl.exp2(scores * to_base_2 - top[:, None])
-    total = tl.sum(weights, 1)
-    out = tl.dot(weights.to(dtype), v, input_precision="ieee") / total[:, None]
+    top = tl.full((BLOCK_L,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_L,), tl.float32)
+    out = tl.zeros((BLOCK_L, D), tl.float32)
+    for start in tl.range(0, length, BLOCK_K, disable_licm=True):  # hoisted, operands would fill the registers
+        keys = start + tl.arange(0, BLOCK_K)
+        k_1, k_2 = _rotated_rows(k_ptr, cos_ptr, sin_ptr, keys, length, row_stride, ROTATE, D, BLOCK_H)
+        v = tl.load(v_ptr + keys.to(tl.int64)[:, None] * row_stride + whole, mask=(keys < length)[:, None], other=0.0)
+        scores = tl.dot(q_1, tl.trans(k_1), input_precision="ieee")
+        scores = tl.dot(q_2, tl.trans(k_2), scores, input_precision="ieee")
+        scores = tl.where((keys < length)[None, :], scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1) * to_base_2)
+        weights = tl.exp2(scores * to_base_2 - new_top[:, None])
+        shrink = tl.exp2(top - new_top)
+        total = total * shrink + tl.sum(weights, 1)
+        out = tl.dot(weights.to(v.dtype), v, out * shrink[:, None], input_precision="ieee")
+        top = new_top
+    out = out / total[:, None]
     token = sequence * length + rows
-    tl.store(out_ptr + token[:, None] * (heads * D) + head * D + whole, out.to(dtype), mask=inside)
+    tl.store(
+        out_ptr + token[:, None] * (heads * D) + head * D + whole,
+        out.to(out_ptr.dtype.element_ty),
+        mask=(rows < length)[:, None],
+    )
     if SAVE:
         tl.store(lse_ptr + tl.program_id(0).to(tl.int64) * length + rows, top + tl.log2(total), mask=rows < length)
 
 
 @jit(do_not_specialize=["length"])
 def _attention_backward_kernel(
-    grad_ptr, qkv_ptr, cos_ptr, sin_ptr, lse_ptr, grad_qkv_ptr,
+    grad_ptr, qkv_ptr, cos_ptr, sin_ptr, lse_ptr, delta_ptr, grad_qkv_ptr,
     length, heads, grad_batch_stride, grad_row_stride, batch_stride, row_stride,
-    ROTATE: tl.constexpr, D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_L: tl.constexpr,
+    ROTATE: tl.constexpr, D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One head of one sequence; scores are transposed (keys, queries), so that what leaves a product as rows of keys
-    enters the next one from registers."""
+    """One head of one sequence, in two walks: all keys over tiles of queries, for the gradients of k and v; then all
+    queries over tiles of keys, for that of q. Scores and their gradients are computed twice: what leaves a product
+    enters the next one from the registers of the same warp, and nothing is transposed or summed across programs."""
     sequence = (tl.program_id(0) // heads).to(tl.int64)
     head = tl.program_id(0) % heads
     rows = tl.arange(0, BLOCK_L)
-    half = tl.arange(0, BLOCK_H)[None, :]
     whole = tl.arange(0, D)[None, :]
     inside = (rows < length)[:, None]
-    mask = inside & (half < D // 2)
-    offsets = rows.to(tl.int64)[:, None] * row_stride
     q_ptr = qkv_ptr + sequence * batch_stride + head * D
-    q_1, q_2 = _halves(q_ptr, offsets + half, mask, D)
-    k_1, k_2 = _halves(q_ptr + heads * D, offsets + half, mask, D)
-    v = tl.load(q_ptr + 2 * heads * D + offsets + whole, mask=inside, other=0.0)
-    dtype = v.dtype
-    grad = grad_ptr + sequence * grad_batch_stride + head * D + rows.to(tl.int64)[:, None] * grad_row_stride
-    grad_out = tl.load(grad + whole, mask=inside, other=0.0)
-    lse = tl.load(lse_ptr + tl.program_id(0).to(tl.int64) * length + rows, mask=rows < length, other=0.0)
-    table = rows[:, None] * D + half
-    if ROTATE:
-        cos_1, cos_2, sin_1, sin_2 = _table(cos_ptr, sin_ptr, table, mask, D)
-        q_1, q_2 = _rotated(q_1, q_2, cos_1, cos_2, sin_1, sin_2)
-        k_1, k_2 = _rotated(k_1, k_2, cos_1, cos_2, sin_1, sin_2)
-        q_1, q_2, k_1, k_2 = q_1.to(dtype), q_2.to(dtype), k_1.to(dtype), k_2.to(dtype)
-    to_base_2: tl.constexpr = 1.4426950408889634 / (D**0.5)
-    scores = tl.dot(k_1, tl.trans(q_1), input_precision="ieee")
-    scores = tl.dot(k_2, tl.trans(q_2), scores, input_precision="ieee")
-    # keys past the end have scores 0, which may lie far above a row's lse: masked before the exponential
-    scores = tl.where(inside, scores * to_base_2 - lse[None, :], float("-inf"))
-    weights = tl.exp2(scores)
-    grad_weights = tl.dot(v, tl.trans(grad_out), input_precision="ieee")
-    grad_scores = (weights * (grad_weights - tl.sum(weights * grad_weights, 0)[None, :])).to(dtype)
-    # queries past the end have no gradient, keys past the end no weight
-    grad_v = tl.dot(weights.to(dtype), grad_out, input_precision="ieee")
-    token = (sequence * length + rows)[:, None] * (3 * heads * D) + head * D
-    tl.store(grad_qkv_ptr + token + 2 * heads * D + whole, grad_v.to(dtype), mask=inside)
+    k_ptr = q_ptr + heads * D
+    v_ptr = k_ptr + heads * D
+    grad_ptr += sequence * grad_batch_stride + head * D
+    lse_ptr += tl.program_id(0).to(tl.int64) * length
+    delta_ptr += tl.program_id(0).to(tl.int64) * length
+    to_ptr = grad_qkv_ptr + sequence * length * (3 * heads * D) + head * D
+    to_stride = 3 * heads * D
+    dtype = grad_qkv_ptr.dtype.element_ty
     scale: tl.constexpr = 1.0 / (D**0.5)
-    grad_k_1 = tl.dot(grad_scores, q_1, input_precision="ieee") * scale
-    grad_k_2 = tl.dot(grad_scores, q_2, input_precision="ieee") * scale
-    grad_q_1 = tl.dot(tl.trans(grad_scores), k_1, input_precision="ieee") * scale
-    grad_q_2 = tl.dot(tl.trans(grad_scores), k_2, input_precision="ieee") * scale
-    if ROTATE:  # back: by the sines' halves exchanged and negated; read again, since registers are short
-        cos_1, cos_2, sin_1, sin_2 = _table(cos_ptr, sin_ptr, table, mask, D)
-        grad_q_1, grad_q_2 = _rotated(grad_q_1, grad_q_2, cos_1, cos_2, -sin_2, -sin_1)
-        grad_k_1, grad_k_2 = _rotated(grad_k_1, grad_k_2, cos_1, cos_2, -sin_2, -sin_1)
-    grad_q = grad_qkv_ptr + token + half
-    tl.store(grad_q, grad_q_1.to(dtype), mask=mask)
-    tl.store(grad_q + D // 2, grad_q_2.to(dtype), mask=mask)
-    tl.store(grad_q + heads * D, grad_k_1.to(dtype), mask=mask)
-    tl.store(grad_q + heads * D + D // 2, grad_k_2.to(dtype), mask=mask)
+    to_base_2: tl.constexpr = 1.4426950408889634 / (D**0.5)
+
+    k_1, k_2 = _rotated_rows(k_ptr, cos_ptr, sin_ptr, rows, length, row_stride, ROTATE, D, BLOCK_H)
+    v = tl.load(v_ptr + rows.to(tl.int64)[:, None] * row_stride + whole, mask=inside, other=0.0)
+    grad_k_1 = tl.zeros((BLOCK_L, BLOCK_H), tl.float32)
+    grad_k_2 = tl.zeros((BLOCK_L, BLOCK_H), tl.float32)
+    grad_v = tl.zeros((BLOCK_L, D), tl.float32)
+    for start in tl.range(0, length, BLOCK_K, disable_licm=True):
+        queries = start + tl.arange(0, BLOCK_K)
+        valid = queries < length
+        q_1, q_2 = _rotated_rows(q_ptr, cos_ptr, sin_ptr, queries, length, row_stride, ROTATE, D, BLOCK_H)
+        grad = grad_ptr + queries.to(tl.int64)[:, None] * grad_row_stride + whole
+        grad = tl.load(grad, mask=valid[:, None], other=0.0)
+        lse = tl.load(lse_ptr + queries, mask=valid, other=0.0)
+        weights = tl.dot(k_1, tl.trans(q_1), input_precision="ieee")
+        weights = tl.dot(k_2, tl.trans(q_2), weights, input_precision="ieee")
+        # keys past the end have scores 0, which may lie far above a row's lse: masked before the exponential
+        weights = tl.exp2(tl.where(inside, weights * to_base_2 - lse[None, :], float("-inf")))
+        grad_weights = tl.dot(v, tl.trans(grad), input_precision="ieee")
+        delta = tl.sum(weights * grad_weights, 0)
+        tl.store(delta_ptr + queries, delta, mask=valid)
+        grad_v = tl.dot(weights.to(dtype), grad, grad_v, input_precision="ieee")
+        grad_scores = (weights * (grad_weights - delta[None, :])).to(dtype)
+        grad_k_1 = tl.dot(grad_scores, q_1, grad_k_1, input_precision="ieee")
+        grad_k_2 = tl.dot(grad_scores, q_2, grad_k_2, input_precision="ieee")
+    to = to_ptr + 2 * heads * D + rows.to(tl.int64)[:, None] * to_stride + whole
+    tl.store(to, grad_v.to(dtype), mask=inside)
+    tl.debug_barrier()  # what reads delta below is other threads of this program; here it also frees grad_v's registers
+    _store_rotated_back(
+        grad_k_1 * scale, grad_k_2 * scale, to_ptr + heads * D,
+        cos_ptr, sin_ptr, rows, length, to_stride, ROTATE, D, BLOCK_H,
+    )  # fmt: skip
+
+    q_rows_1, q_rows_2 = _rotated_rows(q_ptr, cos_ptr, sin_ptr, rows, length, row_stride, ROTATE, D, BLOCK_H)
+    grad_rows = tl.load(grad_ptr + rows.to(tl.int64)[:, None] * grad_row_stride + whole, mask=inside, other=0.0)
+    lse_rows = tl.load(lse_ptr + rows, mask=rows < length, other=0.0)
+    delta_rows = tl.load(delta_ptr + rows, mask=rows < length, other=0.0)
+    grad_q_1 = tl.zeros((BLOCK_L, BLOCK_H), tl.float32)
+    grad_q_2 = tl.zeros((BLOCK_L, BLOCK_H), tl.float32)
+    for start in tl.range(0, length, BLOCK_K, disable_licm=True):
+        keys = start + tl.arange(0, BLOCK_K)
+        key_1, key_2 = _rotated_rows(k_ptr, cos_ptr, sin_ptr, keys, length, row_stride, ROTATE, D, BLOCK_H)
+        value = v_ptr + keys.to(tl.int64)[:, None] * row_stride + whole
+        value = tl.load(value, mask=(keys < length)[:, None], other=0.0)
+        scores = tl.dot(q_rows_1, tl.trans(key_1), input_precision="ieee")
+        scores = tl.dot(q_rows_2, tl.trans(key_2), scores, input_precision="ieee")
+        scores = tl.where((keys < length)[None, :], scores * to_base_2 - lse_rows[:, None], float("-inf"))
+        grad_value = tl.dot(grad_rows, tl.trans(value), input_precision="ieee")
+        row_scores = (tl.exp2(scores) * (grad_value - delta_rows[:, None])).to(dtype)
+        grad_q_1 = tl.dot(row_scores, key_1, grad_q_1, input_precision="ieee")
+        grad_q_2 = tl.dot(row_scores, key_2, grad_q_2, input_precision="ieee")
+    _store_rotated_back(
+        grad_q_1 * scale, grad_q_2 * scale, to_ptr, cos_ptr, sin_ptr, rows, length, to_stride, ROTATE, D, BLOCK_H
+    )
 
 
 @jit(do_not_specialize=["n", "length"])
@@ -229,7 +314,7 @@ def _launch_forward(
     out = torch.empty((batch, length, width // 3), dtype=qkv.dtype, device=qkv.device)
     lse = torch.empty((batch, heads, length) if save else (0,), dtype=torch.float32, device=qkv.device)
     if out.numel() > 0:
-        options = attention_options(length, width // (3 * heads))
+        options = attention_options("forward", length, width // (3 * heads), _capability(qkv.device)[0])
         with device_of(qkv):
             _attention_forward_kernel[(batch * heads,)](
                 qkv, *_tables(qkv, cos, sin), out, lse, length, heads, qkv.stride(0), qkv.stride(1),
@@ -260,10 +345,11 @@ def _launch_backward(
     grad, qkv = _unit(grad), _unit(qkv)
     grad_qkv = torch.empty((batch, length, width), dtype=qkv.dtype, device=qkv.device)
     if qkv.numel() > 0:
-        options = attention_options(length, width // (3 * heads))
+        options = attention_options("backward", length, width // (3 * heads), _capability(qkv.device)[0])
+        delta = torch.empty_like(lse)
         with device_of(qkv):
             _attention_backward_kernel[(batch * heads,)](
-                grad, qkv, *_tables(qkv, cos, sin), lse, grad_qkv,
+                grad, qkv, *_tables(qkv, cos, sin), lse, delta, grad_qkv,
                 length, heads, grad.stride(0), grad.stride(1), qkv.stride(0), qkv.stride(1),
                 ROTATE=cos is not None, **options,
             )  # fmt: skip
@@ -324,8 +410,7 @@ def _rotate_rows(sources: list[Tensor], targets: list[Tensor], cos: Tensor, sin:
         _rotate_kernel[(ceil_div(n, ROTATE_ROWS),)](
             *pointers[0], cos.contiguous(), sin.contiguous(), *pointers[1],
             n, length, heads, source.stride(0), source.stride(1), source.stride(2), target.stride(1),
-            INVERSE=inverse, COPY_V=copy_v, D=size, BLOCK_H=triton.next_power_of_2(size // 2), BLOCK_N=ROTATE_ROWS,
-            num_warps=ROTATE_WARPS,
+            INVERSE=inverse, COPY_V=copy_v, **rotate_options(size),
         )  # fmt: skip
 
 
