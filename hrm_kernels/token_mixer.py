@@ -288,7 +288,8 @@ def _mixer_backward_w_kernel(
 @dataclass(frozen=True)
 class MixerConfig:
     """How one kernel is launched: channels of a tile, rows of I in a chunk, warps of a program, loads under way at
-    once, programs wanted on each multiprocessor (`mixer_backward_w`), and the most registers a thread may take."""
+    once, programs wanted on each multiprocessor (`mixer_backward_w`: the others have one program a tile), and the most
+    registers a thread may take (None: what the compiler likes)."""
 
     channels: int
     inner: int
@@ -298,34 +299,19 @@ class MixerConfig:
     registers: int | None = None
 
 
-Entries = dict[tuple[int, str], MixerConfig]
+Entries = dict[int, MixerConfig]
 
-# {kernel: {(bytes of an element, "short" or "long" sequences, of which the second part has 64 positions): config}}
+# {kernel: {bytes of an element: config}}, sized for an sm_86 block and its registers (docs/compile_table.md)
 MIXER_TABLE: dict[str, Entries] = {
-    "mixer_forward": {
-        (2, "short"): MixerConfig(64, 32, 4),
-        (2, "long"): MixerConfig(64, 32, 4),
-        (4, "short"): MixerConfig(16, 16, 4, 1),
-        (4, "long"): MixerConfig(16, 16, 4, 1),
-    },
-    "mixer_backward_x": {
-        (2, "short"): MixerConfig(64, 32, 4),
-        (2, "long"): MixerConfig(64, 16, 4),
-        (4, "short"): MixerConfig(16, 16, 4, 1),
-        (4, "long"): MixerConfig(16, 16, 4, 1),
-    },
-    "mixer_backward_w": {
-        (2, "short"): MixerConfig(32, 32, 8),
-        (2, "long"): MixerConfig(32, 32, 8),
-        (4, "short"): MixerConfig(16, 16, 8, 1),
-        (4, "long"): MixerConfig(16, 16, 8, 1),
-    },
+    "mixer_forward": {2: MixerConfig(64, 32, 4), 4: MixerConfig(16, 16, 8, 1)},
+    "mixer_backward_x": {2: MixerConfig(64, 16, 4), 4: MixerConfig(16, 16, 8, 1)},
+    "mixer_backward_w": {2: MixerConfig(32, 32, 8), 4: MixerConfig(16, 16, 8, 1)},
 }
 # What replaces entries from sm_90 on, whose matrix units want 64 rows a warpgroup
 MIXER_HOPPER: dict[str, Entries] = {
-    "mixer_forward": {(2, "short"): MixerConfig(128, 64, 8), (2, "long"): MixerConfig(128, 64, 8)},
-    "mixer_backward_x": {(2, "short"): MixerConfig(128, 32, 8), (2, "long"): MixerConfig(128, 32, 8)},
-    "mixer_backward_w": {(2, "short"): MixerConfig(128, 64, 8), (2, "long"): MixerConfig(128, 64, 8)},
+    "mixer_forward": {2: MixerConfig(128, 32, 8, registers=128)},
+    "mixer_backward_x": {2: MixerConfig(64, 32, 4)},
+    "mixer_backward_w": {2: MixerConfig(128, 64, 8)},
 }
 _overrides: dict[str, MixerConfig] = {}
 
@@ -394,11 +380,17 @@ def mixer_options(
 
 def _configuration(kernel: str, x: Tensor) -> tuple[MixerConfig, dict[str, object]]:
     _, length, width = x.shape
-    reach = "long" if parts(length)[1] == 64 else "short"
-    table = mixer_entries(kernel, _capability(x.device))
-    config = _overrides.get(kernel) or table[x.dtype.itemsize, reach]
+    config = _overrides.get(kernel) or mixer_entries(kernel, _capability(x.device))[x.dtype.itemsize]
     exact = torch.get_float32_matmul_precision() == "highest"  # unless the user turned tf32 on
     return config, mixer_options(kernel, config, length, width, x.dtype, exact)
+
+
+# The kernels of the table with the sets of flags that change their code, for `hrm_kernels.compile_table`
+MIXER_KERNELS = {
+    "mixer_forward": (_mixer_forward_kernel, ({"SAVE": False}, {"SAVE": True})),
+    "mixer_backward_x": (_mixer_backward_x_kernel, ({},)),
+    "mixer_backward_w": (_mixer_backward_w_kernel, ({},)),
+}
 
 
 # ---------------------------------------------------------------------------------------------------- autograd
