@@ -54,8 +54,8 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 MAX_LENGTH = 128  # tokens of a sequence that one program holds
 HEAD_SIZES = (16, 32, 64)
 
-# {(kernel, major compute capability): (keys or queries of a step, most registers a thread of 8 warps)}; 128 registers let
-# two programs in
+# {(kernel, major compute capability): (keys or queries of a step, most registers a thread of 8 warps)}; with 128
+# registers two programs share a multiprocessor
 STEPS: dict[tuple[str, int], tuple[int, int | None]] = {
     ("forward", 8): (16, 128),
     ("backward", 8): (16, None),
