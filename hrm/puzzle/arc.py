@@ -78,11 +78,11 @@ class ArcAugmenter:
     ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         """Every row of `inputs` and `labels` (B, 900), both in the frame's upper left corner, moved as far as fits."""
         pair = np.stack([inputs, labels]).reshape(2, -1, *self._side)
-        coloured = (pair >= _COLOUR).any(0)
+        coloured = np.any(pair >= _COLOUR, 0)
         moves = []
         stays = rng.random(len(inputs)) < _AT_HOME
         for axis in (1, 2):
-            room = coloured.any(3 - axis)[:, ::-1].argmax(1)  # rows or columns after the larger grid's last
+            room = np.any(coloured, 3 - axis)[:, ::-1].argmax(1)  # rows or columns after the larger grid's last
             moves.append(np.where(stays, 0, (rng.random(len(inputs)) * (room + 1)).astype(np.int64)))
         row = np.arange(self._side[0]) - moves[0][:, None]
         column = np.arange(self._side[1]) - moves[1][:, None]

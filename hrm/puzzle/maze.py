@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,10 +33,7 @@ class MazeAugmenter:
     """
 
     def __init__(self, side: tuple[int, int]) -> None:
-        cells = np.arange(side[0] * side[1]).reshape(side)
-        flips = [cells, cells[::-1], cells[:, ::-1], cells[::-1, ::-1]]
-        turned = [flip.T for flip in flips] if side[0] == side[1] else []
-        self.symmetries = np.stack([symmetry.reshape(-1) for symmetry in flips + turned])  # (8 or 4, S)
+        self.symmetries = _symmetries(side)
 
     def augment(
         self, inputs: NDArray[np.uint8], labels: NDArray[np.uint8], rng: np.random.Generator
@@ -43,6 +41,20 @@ class MazeAugmenter:
         """Every row of `inputs` and `labels` (B, S) seen through a symmetry of its own."""
         places = self.symmetries[rng.integers(len(self.symmetries), size=len(inputs))]
         return np.take_along_axis(inputs, places, 1), np.take_along_axis(labels, places, 1)
+
+
+@lru_cache(maxsize=4)
+def _symmetries(side: tuple[int, int]) -> NDArray[np.int64]:
+    """Where each cell comes from, (8 or 4, S)."""
+    cells = np.arange(side[0] * side[1]).reshape(side)
+    flips = [cells, cells[::-1], cells[:, ::-1], cells[::-1, ::-1]]
+    turned = [flip.T for flip in flips] if side[0] == side[1] else []
+    return np.stack([symmetry.reshape(-1) for symmetry in flips + turned])
+
+
+def canonical(maze: NDArray[np.uint8], side: tuple[int, int]) -> bytes:
+    """The same for all symmetric copies of a maze (S,), and for these only."""
+    return min(copy.tobytes() for copy in maze[_symmetries(side)])
 
 
 # ------------------------------------------------------------------------------------------------ ways
@@ -244,10 +256,9 @@ def generate(side: int, size: int, held_out: int, seed: int) -> tuple[PuzzleSet,
         raise UsageError(f"side is {side}; it should be at least 5")
     rng, wanted = np.random.default_rng(seed), size + held_out
     kept: dict[bytes, tuple[NDArray[np.uint8], NDArray[np.uint8]]] = {}
-    symmetries = MazeAugmenter((side, side)).symmetries
     for _ in range(_ROUNDS):
         for maze, label in zip(*_draw(side, rng), strict=True):
-            kept.setdefault(min(maze[places].tobytes() for places in symmetries), (maze, label))
+            kept.setdefault(canonical(maze, (side, side)), (maze, label))
         if len(kept) >= wanted:
             boards = np.array(list(kept.values())[:wanted], np.uint8).reshape(wanted, 2, side * side)
             puzzles = as_puzzles(boards[:, 0], boards[:, 1], (side, side))

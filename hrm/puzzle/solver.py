@@ -24,7 +24,7 @@ class Solved(NamedTuple):
     """What the search found for each puzzle."""
 
     solution: NDArray[np.uint8]  # (N, side * side) digits; 0 where there is none
-    count: NDArray[np.int64]  # (N,) solutions found, at most as many as were asked for
+    solutions: NDArray[np.int64]  # (N,) how many were found, at most as many as were asked for
     guesses: NDArray[np.int64]  # (N,) cells split until then
 
 
@@ -50,16 +50,16 @@ def solve(
     at_once = min(max(count, _AT_ONCE[0]), _AT_ONCE[1])
     while pool:
         boards, owners = _take(pool, at_once)
-        boards, owners = _kept(boards, owners, found.count[owners] < limit)
+        boards, owners = _kept(boards, owners, found.solutions[owners] < limit)
         alive = _propagate(boards)
         boards, owners = _kept(boards, owners, alive)
-        open_cells = (_SIZE[boards] > 1).any((0, 1))
+        open_cells: NDArray[np.bool_] = np.any(_SIZE[boards] > 1, (0, 1))
         _record(found, boards, owners, ~open_cells)
         boards, owners = _kept(boards, owners, open_cells)
         if len(owners):
             np.add.at(found.guesses, owners, 1)
             pool.append(_split(boards, owners, rng))
-    np.minimum(found.count, limit, out=found.count)
+    np.minimum(found.solutions, limit, out=found.solutions)
     return found
 
 
@@ -100,7 +100,7 @@ def _kept(boards: Boards, owners: NDArray[np.int64], keep: NDArray[np.bool_]) ->
 def _record(found: Solved, boards: Boards, owners: NDArray[np.int64], done: NDArray[np.bool_]) -> None:
     solved, theirs = _kept(boards, owners, done)
     found.solution[theirs] = np.log2(solved).astype(np.uint8).reshape(found.solution.shape[1], -1).T + 1
-    np.add.at(found.count, theirs, 1)
+    np.add.at(found.solutions, theirs, 1)
 
 
 def _split(

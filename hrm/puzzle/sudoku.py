@@ -42,10 +42,10 @@ class SudokuAugmenter:
         """Every row of `inputs` and `labels` (B, side * side) seen through a symmetry of its own."""
         count, side = len(inputs), self._side
         cells = self._cells(count, rng)
-        digits = np.empty((count, side + 2), np.uint8)
-        digits[:, :2] = 0, 1  # padding and empty stay
-        digits[:, 2:] = rng.random((count, side), np.float32).argsort(1) + 2
-        digits = digits.reshape(-1)
+        renamed = np.empty((count, side + 2), np.uint8)
+        renamed[:, :2] = 0, 1  # padding and empty stay
+        renamed[:, 2:] = rng.random((count, side), np.float32).argsort(1) + 2
+        digits = renamed.reshape(-1)
         offset = np.arange(count, dtype=np.int32)[:, None]
         places, names = cells + offset * (side * side), offset * (side + 2)
         return digits[inputs.reshape(-1)[places] + names], digits[labels.reshape(-1)[places] + names]
@@ -55,13 +55,9 @@ class SudokuAugmenter:
         height, width = self._box
         rows = _lines(count, self._side, height, rng)[:, :, None]
         columns = _lines(count, self._side, width, rng)[:, None, :]
-        if height == width:
-            flip = (rng.random((count, 1, 1)) < 0.5).astype(np.int32)
-            row_step, column_step = np.where(flip, 1, self._side), np.where(flip, self._side, 1)
-        else:
-            row_step, column_step = self._side, 1
-        cells = rows * np.asarray(row_step, np.int32) + columns * np.asarray(column_step, np.int32)
-        return cells.reshape(count, -1)
+        flip = (rng.random((count, 1, 1)) < 0.5) & (height == width)
+        cells = np.where(flip, rows + columns * self._side, rows * self._side + columns)
+        return cells.reshape(count, self._side**2)
 
 
 def _lines(count: int, side: int, block: int, rng: np.random.Generator) -> NDArray[np.int32]:
@@ -124,7 +120,7 @@ def _check(
     search = np.array([i for i in range(len(given)) if i not in flaws and (check_unique or not given[i])], np.int64)
     found = solve(questions[search])
     guesses[search], answers[search] = found.guesses, found.solution
-    for index, count in zip(search.tolist(), found.count.tolist(), strict=True):
+    for index, count in zip(search.tolist(), found.solutions.tolist(), strict=True):
         if count != 1:
             flaws[index] = f"the puzzle has {'several solutions' if count else 'no solution'}; it should have one"
     return guesses
@@ -245,7 +241,7 @@ def _emptied(answers: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np
         trial, without = questions[boards], np.zeros((len(boards), cells), np.uint8)
         row = np.arange(len(boards))
         trial[row, cell], without[row, cell] = 0, answers[boards, cell]
-        still_one = solve(trial, limit=1, without=without).count == 0  # no solution has another digit there
+        still_one = solve(trial, limit=1, without=without).solutions == 0  # no solution has another digit there
         questions[boards[still_one], cell[still_one]] = 0
     return questions
 
