@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from hrm.puzzle.settings import PuzzleTrainingSettings, load_puzzle_settings
 from hrm.settings import (
     GenerateSettings,
     InfoSettings,
@@ -53,6 +54,8 @@ class Verb:
     summary: str
     schema: type
     defaults: Callable[[], dict[str, Any]] = dict
+    load: Callable[[Sequence[str]], Any] | None = None
+    """Reads the settings where there is more to it than `schema` and `defaults`."""
 
 
 def quickstart(settings: Any) -> None:
@@ -71,6 +74,13 @@ def train(settings: Any) -> None:
     from hrm.train import fine_tune
 
     fine_tune(settings, Console())
+
+
+def train_puzzles(settings: Any) -> None:
+    """Trains a puzzle model from scratch."""
+    from hrm.puzzle.train import train_puzzle
+
+    train_puzzle(settings, Console())
 
 
 def generate(settings: Any) -> None:
@@ -100,10 +110,17 @@ VERBS = {
         TrainingSettings,
         quickstart_defaults,
     ),
-    "train": Verb(train, "train on your own prompts and answers", TrainingSettings),
+    "train": Verb(train, "train on your own prompts and answers; with puzzle=sudoku: on puzzles", TrainingSettings),
     "generate": Verb(generate, "answer a prompt with a trained model", GenerateSettings),
     "info": Verb(info, "versions, device, kernels and folders", InfoSettings),
 }
+
+PUZZLE_TRAINING = Verb(
+    train_puzzles,
+    "train HRM or TRM from scratch on puzzles",
+    PuzzleTrainingSettings,
+    load=load_puzzle_settings,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -127,9 +144,13 @@ def _dispatch(words: list[str]) -> int:
     if name not in VERBS:
         raise UsageError(f"unknown verb {name!r}{nearest(name, list(VERBS))}; see hrm --help")
     verb = VERBS[name]
+    if name == "train" and any(word.startswith(("puzzle=", "run.resume=")) for word in overrides):
+        verb = PUZZLE_TRAINING
     if any(word in ("-h", "--help") for word in overrides):
         print(_verb_help(name, verb))
         return 0
+    if verb.load is not None:
+        return _run(verb, verb.load(overrides))
     return _run(verb, load_settings(verb.schema, overrides, _defaults(verb, overrides)))
 
 

@@ -38,17 +38,35 @@ def default_backbone() -> str | None:
 # ---------------------------------------------------------------------------------------------------- the sections
 
 
-def _section_of(name: str, source: type, extra: list[tuple[str, Any, Any]], leave_out: tuple[str, ...] = ()) -> type:
-    """A dataclass of `source`'s fields as they are before its checks and derived values, with `extra` ones in front."""
+_MADE_OF: dict[type, type] = {}  # sections made of another class's fields, and that class, which documents them
+
+
+def section_of(
+    name: str,
+    source: type,
+    extra: Sequence[tuple[str, Any, Any]] = (),
+    leave_out: tuple[str, ...] = (),
+    optional: bool = False,
+) -> type:
+    """A dataclass of `source`'s fields as they are before its checks and derived values, with `extra` ones in front;
+    `optional`: each may be null, and is unless it is set."""
     hints = get_type_hints(source)
-    own = [(f.name, hints[f.name], field(default=f.default)) for f in fields(source) if f.name not in leave_out]
-    return make_dataclass(name, [*extra, *own])
+    own = [
+        (f.name, hints[f.name] | None, field(default=None))
+        if optional
+        else (f.name, hints[f.name], field(default=f.default))
+        for f in fields(source)
+        if f.name not in leave_out
+    ]
+    made = make_dataclass(name, [*extra, *own])
+    _MADE_OF[made] = source
+    return made
 
 
-HRMSection = _section_of(
+HRMSection = section_of(
     "HRMSection", HRMConfig, [("backbone", str | None, field(default=None))], leave_out=("hidden_size",)
 )
-LoraSection = _section_of("LoraSection", AdapterConfig, [("enabled", bool, field(default=True))])
+LoraSection = section_of("LoraSection", AdapterConfig, [("enabled", bool, field(default=True))])
 
 
 @dataclass
@@ -252,9 +270,8 @@ def _kind_name(kind: Any) -> str:
 
 def _docs_of(schema: type) -> dict[str, str]:
     """The string under each field of a dataclass, also for sections made of another class's fields."""
-    made_of = {HRMSection: HRMConfig, LoraSection: AdapterConfig}
     docs = {"backbone": "Name or path of a causal language model; null: HRM_MODEL_PATH.", "enabled": "LoRA adapters."}
-    body = ast.parse(textwrap.dedent(inspect.getsource(made_of.get(schema, schema)))).body[0]
+    body = ast.parse(textwrap.dedent(inspect.getsource(_MADE_OF.get(schema, schema)))).body[0]
     assert isinstance(body, ast.ClassDef)
     for statement, after in zip(body.body, body.body[1:], strict=False):
         if isinstance(statement, ast.AnnAssign) and isinstance(after, ast.Expr):
@@ -273,17 +290,17 @@ def hrm_config(section: Any) -> HRMConfig:
         UsageError: a value that `HRMConfig` refuses; the message names it.
     """
     values = {str(key): value for key, value in section.items() if key != "backbone"}
-    return _checked("hrm", HRMConfig, values)
+    return checked("hrm", HRMConfig, values)
 
 
 def lora_dict(section: Any) -> dict[str, Any] | bool:
     """What `HRMGemmaForCausalLM.from_backbone` takes as `lora`."""
     values = {str(key): value for key, value in section.items() if key != "enabled"}
-    _checked("lora", AdapterConfig, values)
+    checked("lora", AdapterConfig, values)
     return values if section.enabled else False
 
 
-def _checked(section: str, kind: type, values: Mapping[str, Any]) -> Any:
+def checked(section: str, kind: type, values: Mapping[str, Any]) -> Any:
     try:
         return kind(**values)
     except ValueError as error:
@@ -294,23 +311,23 @@ def check_training(settings: Any) -> None:
     """Raises a UsageError that names the first key whose value makes no sense."""
     for name in ("data.size", "data.held_out", "data.max_length", "train.batch_size", "train.save_every",
                  "eval.batch_size", "eval.max_new_tokens"):  # fmt: skip
-        _require(settings, name, lambda value: value >= 1, "at least 1")
-    _require(settings, "train.steps", lambda value: value is None or value >= 1, "at least 1, or null")
+        require(settings, name, lambda value: value >= 1, "at least 1")
+    require(settings, "train.steps", lambda value: value is None or value >= 1, "at least 1, or null")
     for name in ("train.epochs", "train.core_lr", "train.adapter_lr", "train.clip"):
-        _require(settings, name, lambda value: value > 0, "above 0")
-    _require(settings, "train.warmup", lambda value: 0 <= value < 1, "from 0 to below 1")
-    _require(settings, "train.weight_decay", lambda value: value >= 0, "at least 0")
-    _require(settings, "eval.shots", lambda value: value >= 0, "at least 0")
+        require(settings, name, lambda value: value > 0, "above 0")
+    require(settings, "train.warmup", lambda value: 0 <= value < 1, "from 0 to below 1")
+    require(settings, "train.weight_decay", lambda value: value >= 0, "at least 0")
+    require(settings, "eval.shots", lambda value: value >= 0, "at least 0")
     hrm_config(settings.hrm)
     lora_dict(settings.lora)
 
 
 def check_generation(settings: Any) -> None:
     """Raises a UsageError that names the first key of `hrm generate` whose value makes no sense."""
-    _require(settings, "max_new_tokens", lambda value: value >= 1, "at least 1")
-    _require(settings, "temperature", lambda value: value >= 0, "at least 0")
-    _require(settings, "hrm.segments", lambda value: value is None or value >= 1, "at least 1, or null")
-    _require(settings, "hrm.fused", lambda value: value in (True, False, "auto"), "true, false or auto")
+    require(settings, "max_new_tokens", lambda value: value >= 1, "at least 1")
+    require(settings, "temperature", lambda value: value >= 0, "at least 0")
+    require(settings, "hrm.segments", lambda value: value is None or value >= 1, "at least 1, or null")
+    require(settings, "hrm.fused", lambda value: value in (True, False, "auto"), "true, false or auto")
 
 
 def check_length(what: str, tokens: int, model: Any, remedy: str) -> None:
@@ -320,7 +337,7 @@ def check_length(what: str, tokens: int, model: Any, remedy: str) -> None:
         raise UsageError(f"{what} may take {tokens} tokens; the backbone allows {longest}. {remedy}")
 
 
-def _require(settings: Any, name: str, test: Any, should: str) -> None:
+def require(settings: Any, name: str, test: Any, should: str) -> None:
     value = OmegaConf.select(settings, name)
     if not test(value):
         raise UsageError(f"{name} is {value!r}; it should be {should}")

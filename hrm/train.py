@@ -241,21 +241,27 @@ def lr_factor(step: int, total: int, warmup: float) -> float:
 
 
 class StopOnInterrupt:
-    """While entered, the first Ctrl-C only sets `asked`; the next one is Python's own again."""
+    """While entered, the first Ctrl-C or SIGTERM only sets `asked`; the next one is Python's own again."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self) -> None:
         self.asked = False
 
     def __enter__(self) -> StopOnInterrupt:
-        self._before = signal.signal(signal.SIGINT, self._ask)
+        self._before = {number: signal.signal(number, self._ask) for number in self.SIGNALS}
         return self
 
     def __exit__(self, *error: object) -> None:
-        signal.signal(signal.SIGINT, self._before)
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, before in self._before.items():
+            signal.signal(number, before)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
-        signal.signal(signal.SIGINT, self._before)
+        self._restore()
 
 
 def progress_bar(console: Console) -> Progress:

@@ -1,0 +1,245 @@
+"""`hrm train puzzle=...`: trains a puzzle model from scratch, evaluates it, keeps checkpoints and a learning curve."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from hrm.puzzle.data import BatchStream, PuzzleSet, load_puzzles
+from hrm.puzzle.engine import NO_STEP, Engine
+from hrm.puzzle.evaluate import Evaluation, evaluate
+from hrm.puzzle.model import PuzzleModel
+from hrm.puzzle.saving import MODEL, checkpoints, load_checkpoint, save_checkpoint, save_model
+from hrm.puzzle.settings import model_config
+from hrm.settings import UsageError
+from hrm.train import Interrupted, StopOnInterrupt, TrainingError, peak_memory, progress_bar
+
+EXPLODED = 10.0  # times the loss of a uniform guess
+
+
+def train_puzzle(settings: Any, console: Console) -> Path:
+    """Runs one training from `load_puzzle_settings`, or goes on with one; returns the run's folder.
+
+    Raises:
+        UsageError: data or settings that cannot be used.
+        TrainingError: the loss is no longer finite or has exploded.
+        Interrupted: Ctrl-C or SIGTERM; a checkpoint was written.
+    """
+    training, test = load_data(settings)
+    run = PuzzleRun(settings, training, test, console)
+    run.train()
+    return run.folder
+
+
+def load_data(settings: Any) -> tuple[PuzzleSet, PuzzleSet | None]:
+    """The puzzles to train and to evaluate on (None: none are given)."""
+    data, task = settings.data, settings.puzzle.split("-")[0]
+    if data.path is not None:
+        test = None if data.test_path is None else load_puzzles(data.test_path, task, check_unique=False)
+        return load_puzzles(data.path, task, check_unique=False), test
+    if settings.puzzle != "sudoku-4x4":
+        raise UsageError(f"data.path is null; puzzle={settings.puzzle} needs a file, such as `hrm data` makes")
+    from hrm.puzzle.sudoku import generate
+
+    training, test = generate(4, data.size, data.held_out, settings.train.seed)
+    return training.puzzles, test.puzzles
+
+
+@dataclass
+class Stage:
+    """One depth of the curriculum and the first step that has it."""
+
+    first: int
+    h_cycles: int
+    l_steps: int
+
+
+def stages(depth: Any, steps: int, h_cycles: int, l_steps: int) -> list[Stage]:
+    """The curriculum's stages, the full depth last."""
+    ends = [0, *(round(share * steps) for share, _, _ in depth)]
+    return [Stage(*stage) for stage in zip(ends, [s[1] for s in depth] + [h_cycles], [s[2] for s in depth] + [l_steps],
+                                           strict=True)]  # fmt: skip
+
+
+def learning_rate(step: int, settings: Any) -> float:
+    """Share of the peak at `step` (from 0): a linear rise, then a cosine down to `lr_min_ratio`."""
+    if step < settings.warmup_steps:
+        return (step + 1) / settings.warmup_steps
+    progress = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
+    return settings.lr_min_ratio + (1 - settings.lr_min_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class PuzzleRun:
+    """One training run and its folder: config.yaml, metrics.jsonl, evaluations.jsonl, checkpoints/, model/."""
+
+    def __init__(self, settings: Any, training: PuzzleSet, test: PuzzleSet | None, console: Console) -> None:
+        self.settings, self.test, self.console = settings, test, console
+        self.about = {"task": training.task, "side": list(training.side), "vocab_size": training.vocab_size}
+        sizes = {"vocab_size": training.vocab_size, "seq_len": training.side[0] * training.side[1],
+                 "num_puzzle_ids": training.num_puzzle_ids}  # fmt: skip
+        config = model_config(settings, **sizes)
+        torch.manual_seed(settings.train.seed)
+        if torch.cuda.is_available():
+            torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        model = PuzzleModel(config).to("cuda" if torch.cuda.is_available() else "cpu").train()
+        train = settings.train
+        self.engine = Engine(
+            model, optimizer=train.optimizer, weight_decay=train.weight_decay, clip=train.clip, ema=train.ema,
+            embedding_weight_decay=train.embedding_weight_decay, seed=train.seed,
+        )  # fmt: skip
+        self.stream = BatchStream(training, train.batch_size, train.seed, settings.data.augment)
+        self.stages = stages(train.depth, train.steps, config.h_cycles, config.l_steps)
+        self.whole_cycle = config.grad_l_steps == config.l_steps
+        self.step, self.seconds = 0, 0.0
+        self.folder = self._resume() if settings.run.resume else self._create()
+        self._started = time.perf_counter() - self.seconds
+        parameters = sum(p.numel() for p in model.parameters()) / 1e6
+        console.print(
+            f"{settings.model} on {model.device} ({model.dtype}), {parameters:.1f} M parameters; {len(training)} "
+            f"puzzles to train on, {0 if test is None else len(test)} others to test on\nRun folder: {self.folder}",
+            markup=False, soft_wrap=True,
+        )  # fmt: skip
+
+    # ------------------------------------------------------------------------------------------------ the loop
+
+    def train(self) -> None:
+        """Steps until the end, with evaluations and checkpoints on the way."""
+        total, every = self.settings.train.steps, self.settings.eval.every
+        with ThreadPoolExecutor(1) as ahead, StopOnInterrupt() as stop, progress_bar(self.console) as progress:
+            bar = progress.add_task("Training", total=total, completed=self.step, text="")
+            batch = ahead.submit(self.stream.batch, self.step)
+            while self.step < total:
+                rows = batch.result()
+                batch = ahead.submit(self.stream.batch, self.step + 1)
+                self._take_step(rows)
+                if self.step % self.settings.train.log_every == 0 or self.step == total or stop.asked:
+                    progress.update(bar, completed=self.step, text=self._log())
+                if self.step % self.settings.train.save_every == 0 or self.step == total or stop.asked:
+                    self._save()
+                if stop.asked:
+                    raise Interrupted(f"stopped after step {self.step} of {total}; go on with run.resume={self.folder}")
+                if every and self.step % every == 0 and self.step < total:
+                    self._evaluate(self.settings.eval.limit)
+        self._evaluate(None)
+
+    def _take_step(self, rows: Any) -> None:
+        train, config = self.settings.train, self.engine.model.config
+        stage = next(stage for stage in reversed(self.stages) if stage.first <= self.step)
+        config.h_cycles, config.l_steps = stage.h_cycles, stage.l_steps
+        config.grad_l_steps = stage.l_steps if self.whole_cycle else min(config.grad_l_steps, stage.l_steps)
+        config.grad_cycles = min(config.grad_cycles, stage.h_cycles)
+        factor = learning_rate(self.step, train)
+        self.engine.step(self.step, rows, factor * train.lr, factor * train.embedding_lr)
+        self.step += 1
+
+    # ------------------------------------------------------------------------------------------------ what is kept
+
+    def _log(self) -> str:
+        """Writes the metrics since the last line, after a look at whether they make sense; text for the bar."""
+        logged = self.settings.train.log_every
+        steps = self.step % logged or min(logged, self.step)
+        values = self.engine.read_metrics(steps)
+        before, self.seconds = self.seconds, time.perf_counter() - self._started
+        self._check(values)
+        speed = steps * self.settings.train.batch_size / max(self.seconds - before, 1e-9)
+        line = {"step": self.step, "seconds": round(self.seconds, 3), "lr": self._lr(self.step - 1)}
+        line |= {k: v for k, v in values.items() if k not in ("rows", "worst_loss", "worst_norm", "bad_step")}
+        line |= {"examples_per_second": speed, "memory_gb": peak_memory(self.engine.model.device)}
+        self._append("metrics.jsonl", line)
+        return f"loss {values['loss']:.3f}  exact {values['exact']:.1%}  {speed:,.0f} examples/s"
+
+    def _lr(self, step: int) -> float:
+        return learning_rate(step, self.settings.train) * self.settings.train.lr
+
+    def _check(self, values: dict[str, float]) -> None:
+        limit = EXPLODED * math.log(self.engine.model.config.vocab_size)
+        if values["bad_step"] == NO_STEP and values["worst_loss"] < limit:
+            return
+        if values["bad_step"] < NO_STEP:
+            at, what = int(values["bad_step"]), "the loss or its gradient is not finite"
+        else:
+            at, what = self.step, f"the loss has exploded to {values['worst_loss']:.3g}"
+        saved = checkpoints(self.folder)
+        good = saved[-1] if saved else "none has been written yet (train.save_every)"
+        raise TrainingError(f"{what} at step {at}, with learning rate {self._lr(at):.3g}; last good checkpoint: {good}")
+
+    def _save(self) -> None:
+        """A checkpoint to resume from, and the model as it is evaluated. The metrics have just been looked at or are
+        looked at now, so that no checkpoint holds weights that are not finite."""
+        if self.step % self.settings.train.log_every:
+            self._log()
+        self.seconds = time.perf_counter() - self._started
+        save_checkpoint(self.folder, self.step, self.engine.state(), {"seconds": self.seconds})
+        with self.engine.averaged_weights():
+            save_model(self.engine.model, self.folder / MODEL, self.about)
+
+    def _evaluate(self, limit: int | None) -> Evaluation | None:
+        if self.test is None:
+            return None
+        with self.engine.averaged_weights():
+            found = evaluate(self.engine.model, self.test, batch_size=self.settings.eval.batch_size, limit=limit)
+        self.seconds = time.perf_counter() - self._started
+        line = {"step": self.step, "seconds": round(self.seconds, 3), "exact": found.exact, "cells": found.cells,
+                "count": found.count, "by_segment": found.by_segment, "took": round(found.seconds, 3)}  # fmt: skip
+        self._append("evaluations.jsonl", line)
+        self.console.print(
+            f"step {self.step:6}, {self.seconds:7.1f} s: {found.exact:.1%} of {found.count} puzzles right, "
+            f"{found.cells:.1%} of the cells", highlight=False,
+        )  # fmt: skip
+        return found
+
+    def _append(self, name: str, line: dict[str, Any]) -> None:
+        with (self.folder / name).open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    # ------------------------------------------------------------------------------------------------ begin, resume
+
+    def _create(self) -> Path:
+        name = self.settings.run.name or f"{self.settings.puzzle}-{self.settings.model}"
+        stem = Path(self.settings.run.folder) / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+        for suffix in ("", *(f"-{n}" for n in range(2, 100))):
+            folder = stem.with_name(stem.name + suffix)
+            try:
+                folder.mkdir(parents=True)
+                break
+            except FileExistsError:
+                continue
+            except OSError as error:
+                raise UsageError(f"run.folder is {self.settings.run.folder!r}: {error.strerror}") from error
+        OmegaConf.save(self.settings, folder / "config.yaml")
+        return folder
+
+    def _resume(self) -> Path:
+        folder = Path(self.settings.run.resume)
+        saved = checkpoints(folder)
+        if not saved:
+            self.console.print(f"{folder} has no checkpoint yet; starting at step 0", markup=False)
+            self._forget_after(folder, 0)
+            return folder
+        state, progress = load_checkpoint(saved[-1])
+        try:
+            self.engine.load_state(state)
+        except (ValueError, RuntimeError) as error:
+            raise UsageError(f"{saved[-1]} does not fit this run: {error}") from error
+        self.step, self.seconds = progress["step"], progress["seconds"]
+        self._forget_after(folder, self.step)
+        return folder
+
+    def _forget_after(self, folder: Path, step: int) -> None:
+        """Drops lines of steps that the checkpoint does not know, and a line cut short by a kill; they come again."""
+        for name in ("metrics.jsonl", "evaluations.jsonl"):
+            path = folder / name
+            if path.is_file():
+                whole = [text for text in path.read_text().splitlines(keepends=True) if text.endswith("\n")]
+                kept = [text for text in whole if json.loads(text)["step"] <= step]
+                path.write_text("".join(kept))
