@@ -13,6 +13,7 @@ kept, and one elementwise pass each way stands between the products.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +57,24 @@ GROUP = 8  # tiles of rows that walk over the columns together, so that what the
 BLOCK, BLOCK_WARPS = 512, 1  # columns of an elementwise program: 16-byte loads, two of each tensor in flight a thread
 
 
+def product_options(tile: Tile, dtype: torch.dtype) -> dict[str, Any]:
+    """Compile-time constants and launch options of the gated product."""
+    return {
+        "GROUP": GROUP,
+        "BLOCK_N": tile.rows,
+        "BLOCK_I": tile.columns,
+        "BLOCK_K": tile.depth,
+        "MATH": _math(dtype),
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
+
+
+def gate_options(dtype: torch.dtype) -> dict[str, Any]:
+    """Compile-time constants and launch options of the elementwise kernels."""
+    return {"BLOCK": BLOCK, "MATH": _math(dtype), "num_warps": BLOCK_WARPS}
+
+
 @jit(do_not_specialize=["n"])
 def _gated_product_kernel(
     x_ptr, w_ptr, out_ptr,
@@ -73,8 +92,9 @@ def _gated_product_kernel(
     depth = tl.arange(0, BLOCK_K)
     # past the end the last row and column are read again and not written: no mask in the loop
     x = x_ptr + tl.minimum(rows, n - 1).to(tl.int64)[:, None] * x_stride + depth[None, :]
-    w_gate = w_ptr + tl.minimum(columns, inner - 1)[None, :] * width + depth[:, None]
-    w_up = w_gate + inner * width
+    column = tl.minimum(columns, inner - 1).to(tl.int64)[None, :]
+    w_gate = w_ptr + column * width + depth[:, None]
+    w_up = w_ptr + (inner + column) * width + depth[:, None]
     gate = tl.zeros((BLOCK_N, BLOCK_I), tl.float32)
     up = tl.zeros((BLOCK_N, BLOCK_I), tl.float32)
     for _ in range(0, width, BLOCK_K):
@@ -129,10 +149,8 @@ def _gated_product(rows: Tensor, w_gate_up: Tensor, tile: Tile) -> Tensor:
     act = torch.empty((n, inner), dtype=rows.dtype, device=rows.device)
     with device_of(rows):
         _gated_product_kernel[(ceil_div(n, tile.rows) * ceil_div(inner, tile.columns),)](
-            rows, w_gate_up.contiguous(), act, n, inner, width, rows.stride(0),
-            GROUP=GROUP, BLOCK_N=tile.rows, BLOCK_I=tile.columns, BLOCK_K=tile.depth, MATH=_math(rows.dtype),
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+            rows, w_gate_up.contiguous(), act, n, inner, width, rows.stride(0), **product_options(tile, rows.dtype)
+        )
     return act
 
 
@@ -140,9 +158,7 @@ def _gate_forward(gate_up: Tensor) -> Tensor:
     n, inner = gate_up.shape[0], gate_up.shape[1] // 2
     act = torch.empty((n, inner), dtype=gate_up.dtype, device=gate_up.device)
     with device_of(gate_up):
-        _gate_forward_kernel[(n * ceil_div(inner, BLOCK),)](
-            gate_up, act, inner, BLOCK=BLOCK, MATH=_math(act.dtype), num_warps=BLOCK_WARPS
-        )
+        _gate_forward_kernel[(n * ceil_div(inner, BLOCK),)](gate_up, act, inner, **gate_options(act.dtype))
     return act
 
 
@@ -152,16 +168,16 @@ def _gate_backward(gate_up: Tensor, grad_act: Tensor) -> Tensor:
     grad_gate_up = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
     with device_of(gate_up):
         _gate_backward_kernel[(n * ceil_div(inner, BLOCK),)](
-            gate_up, grad_act, grad_gate_up, inner, BLOCK=BLOCK, MATH=_math(grad_act.dtype), num_warps=BLOCK_WARPS
+            gate_up, grad_act, grad_gate_up, inner, **gate_options(grad_act.dtype)
         )
     return grad_gate_up
 
 
 def _tile_for(rows: Tensor) -> Tile | None:
     """The tile of the gated product; None where cuBLAS and an elementwise pass do it: in float32, whose products keep
-    the user's tf32 setting, and where the depth of a step does not divide the width or a row starts unaligned."""
+    the user's tf32 setting, and where the depth of a step does not divide the width."""
     tile = TILES.get(_capability(rows.device)[0]) if rows.dtype.itemsize == 2 else None
-    return tile if tile is not None and rows.shape[1] % tile.depth == 0 and rows.stride(0) % 8 == 0 else None
+    return tile if tile is not None and rows.shape[1] % tile.depth == 0 else None
 
 
 def _launch_inference(x: Tensor, w_gate_up: Tensor, w_down: Tensor) -> Tensor:
