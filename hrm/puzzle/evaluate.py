@@ -200,7 +200,7 @@ def vote(
         UsageError: as `evaluate`; or several votes that would all be the same.
     """
     rows = _scored_rows(model, puzzles, limit)
-    _check_votes(puzzles, votes, views, noise, choose)
+    check_votes(puzzles, votes, views, noise, choose)
     started = time.perf_counter()
     tally = []
     with thinking(model, segments) as thinker:
@@ -293,7 +293,10 @@ class Ballots:
         return self._counts.argmax(-1) if self._majority else self._answers
 
 
-def _check_votes(puzzles: PuzzleSet, votes: int, views: bool, noise: float, choose: str) -> None:
+def check_votes(
+    puzzles: PuzzleSet, votes: int, views: bool = True, noise: float = 0.0, choose: str = "majority"
+) -> None:
+    """Raises a UsageError that names an argument of `vote` that makes no sense."""
     if votes < 1:
         raise UsageError(f"votes is {votes}; it should be at least 1")
     if choose not in ("majority", "confidence"):
@@ -302,7 +305,8 @@ def _check_votes(puzzles: PuzzleSet, votes: int, views: bool, noise: float, choo
         raise UsageError(f"noise is {noise}; it should be at least 0")
     if votes > 1 and views and puzzles.task == "arc":
         raise UsageError(
-            "views is True; it should be False for the task 'arc', whose symmetries are puzzles of their own"
+            f"votes is {votes}; it should be 1, or views False, for the task 'arc', whose symmetric copies are puzzles "
+            "of their own"
         )
     if votes > 1 and not views and noise == 0:
         raise UsageError(
