@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from hrm.puzzle import maze, sudoku
@@ -166,6 +167,28 @@ def evaluate(
         count=count,
         seconds=time.perf_counter() - started,
     )
+
+
+def predict(
+    model: PuzzleModel,
+    puzzles: PuzzleSet,
+    *,
+    batch_size: int = 768,
+    segments: int | None = None,
+    halting: bool = False,
+) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """The answers (N, S), and q_halt (N,), the higher the surer: what `hrm.puzzle.arc.vote` counts.
+
+    Arguments and errors as those of `evaluate`; the puzzles need no answers.
+    """
+    rows = _some_rows(model, puzzles)
+    answers = torch.empty_like(rows.inputs)
+    q_halt = torch.empty(len(answers), device=model.device)
+    with thinking(model, segments, halting) as thinker:
+        for indices, _ in _batches(len(answers), batch_size, model.device):
+            found, q_halt[indices] = thinker.answer(rows.batch(indices))
+            answers[indices] = found.to(answers.dtype)
+    return answers.cpu().numpy(), q_halt.cpu().numpy()
 
 
 # ------------------------------------------------------------------------------------------------ voting
@@ -358,10 +381,15 @@ def _scored_rows(model: PuzzleModel, puzzles: PuzzleSet, limit: int | None) -> R
     if limit is not None and limit < 1:
         raise UsageError(f"limit is {limit}; it should be at least 1, or None")
     puzzles = puzzles if limit is None else puzzles.subset(slice(limit))
-    if not len(puzzles):
-        raise UsageError("puzzles is empty; it should have at least one")
+    rows = _some_rows(model, puzzles)
     if not (known := puzzles.labels.any(1)).all():
         raise UsageError(f"puzzle {int(known.argmin()) + 1} has no answer; it should have one to be scored")
+    return rows
+
+
+def _some_rows(model: PuzzleModel, puzzles: PuzzleSet) -> Rows:
+    if not len(puzzles):
+        raise UsageError("puzzles is empty; it should have at least one")
     return rows_of(model, puzzles)
 
 

@@ -8,7 +8,7 @@ import torch
 
 from hrm.puzzle import PuzzleConfig, PuzzleModel, puzzle_loss
 from hrm.puzzle.data import PuzzleSet, as_batch
-from hrm.puzzle.evaluate import Ballots, evaluate, noise_of, thinking, view_of, vote
+from hrm.puzzle.evaluate import Ballots, evaluate, noise_of, predict, thinking, view_of, vote
 from hrm.settings import UsageError
 
 BOARD = np.array([1, 2, 3, 4, 3, 4, 1, 2, 2, 1, 4, 3, 4, 3, 2, 1], np.uint8)
@@ -191,6 +191,16 @@ def test_the_limit_takes_the_first_puzzles() -> None:
     puzzles = answered(model, boards(), segment=2)
     assert numbers(evaluate(model, puzzles, limit=3)) == numbers(evaluate(model, puzzles.subset(slice(3))))
     assert evaluate(model, puzzles, limit=1).exact == 1.0 and evaluate(model, puzzles, limit=99).count == 10
+
+
+@pytest.mark.parametrize("size", [3, 768])
+def test_predictions_are_the_last_answers(size: int) -> None:
+    model, puzzles = small_model(), boards()
+    answers, q_halt = predict(model, puzzles, batch_size=size)
+    assert (answers == by_hand(model, puzzles)[-1].numpy()).all() and answers.dtype == np.uint8
+    assert q_halt.shape == (10,) and len(set(q_halt.tolist())) == 10
+    first, _ = predict(model, puzzles, segments=1, batch_size=size)
+    assert (first == by_hand(model, puzzles)[0].numpy()).all() and (first != answers).any()
 
 
 @pytest.mark.parametrize(
