@@ -39,7 +39,7 @@ class DataSettings:
     overwrite: bool = False
     """Whether files that exist already are replaced."""
     size: int | None = None
-    """Puzzles to generate (null: 1000), or to draw from what is read (null: all)."""
+    """Puzzles to generate (null: 1000), or to draw at most from what is read (null: all)."""
     held_out: int = 0
     """Puzzles set aside, no symmetric copies of the others; arc always sets its evaluation tasks' tests aside."""
     side: int | None = None
@@ -128,9 +128,7 @@ def _read(settings: Any, say: Callable[[str], None]) -> Rated:
     rows = list(read_rows(path))
     rows = [row for row in rows if row.rating is None or row.rating >= settings.min_rating]
     if not rows:
-        raise UsageError(
-            f"{settings.path or settings.dataset} has no rows of at least min_rating = {settings.min_rating}"
-        )
+        raise UsageError(f"{path} has no rows of at least min_rating = {settings.min_rating}")
     if settings.size is not None:  # before the checks, which take long for millions of rows
         rows = _drawn(rows, settings.size + settings.held_out, settings.seed)
     if (settings.task or guess_task(rows[0].question)) == "maze":
