@@ -69,13 +69,13 @@ def test_reference_gradcheck():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("tokens", "width", "inner"), [(1, 16, 8), (3, 32, 24), (17, 7, 5), (33, 64, 520)])
+@pytest.mark.parametrize(("tokens", "width", "inner"), [(1, 16, 8), (17, 7, 5), (5, 64, 520)])
 def test_parity_with_gradients(tokens, width, inner, dtype, device):
     assert_parity(swiglu_mlp, mlp_tensors(tokens, width=width, inner=inner, dtype=dtype, device=device))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("tokens", "width", "inner"), [(1, 64, 8), (33, 64, 24), (70, 128, 40), (17, 7, 5)])
+@pytest.mark.parametrize(("tokens", "width", "inner"), [(1, 64, 8), (33, 64, 24), (17, 7, 5)])
 def test_parity_without_graph(tokens, width, inner, dtype, product, device):
     assert_parity(swiglu_mlp, mlp_tensors(tokens, width=width, inner=inner, dtype=dtype, device=device), wrt=())
 
@@ -162,7 +162,7 @@ def test_a_second_derivative_is_an_error_and_not_a_wrong_number(device):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_deterministic(dtype, device):
-    tensors = mlp_tensors(37, width=64, dtype=dtype, device=device)
+    tensors = mlp_tensors(17, width=64, dtype=dtype, device=device)
     cotangent = torch.randn_like(tensors["x"])
 
     def run() -> list[torch.Tensor]:
