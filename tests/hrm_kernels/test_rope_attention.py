@@ -161,7 +161,7 @@ def test_keys_past_the_end_do_not_leak_where_all_scores_are_far_below_zero(devic
 
 @pytest.mark.parametrize("layout", ["transposed", "strided last", "expanded rows", "expanded last"])
 def test_layout_of_the_cotangent(layout, path, device):
-    qkv = packed(2, 6, 1, 16, dtype=path_dtype(path, device), device=device)
+    qkv = packed(2, 6, 1, 16, dtype=torch.float16, device=device)
     cotangent = LAYOUTS[layout](torch.randn(2, 6, 16, device=device))
     assert_attention_parity(qkv, *tables(6, 16, device=device), 1, cotangent=cotangent)
 
@@ -222,7 +222,7 @@ def test_short_sequences_are_deterministic(dtype, device):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(layout, path, device):
-    qkv = packed(2, 6, 1, 16, dtype=path_dtype(path, device), device=device)
+    qkv = packed(2, 6, 1, 16, dtype=torch.float16, device=device)
     assert_attention_parity(LAYOUTS[layout](qkv), *tables(6, 16, device=device), 1)
 
 
