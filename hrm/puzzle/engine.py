@@ -74,7 +74,8 @@ class Engine:
                 group["lr"] = lr
             optimizer.step()
         if self.averaged:
-            torch._foreach_lerp_(self.averaged, self.parameters, 1 - self.ema_decay)
+            with torch.no_grad():  # or the averages would grow a graph
+                torch._foreach_lerp_(self.averaged, self.parameters, 1 - self.ema_decay)
 
     def _load(self, number: int, batch: Mapping[str, np.ndarray]) -> None:
         """Copies the batch, and how long each row has to explore, into the tensors that the step reads."""
