@@ -68,14 +68,16 @@ def token_mixer_reference(
 def _pack_kernel(
     gate_up_ptr, down_ptr, packed_ptr,
     inner, padded_inner, gate_up_stride, down_stride,
-    LENGTH: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, MATH: tl.constexpr,
+    LENGTH: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, INNER: tl.constexpr, MATH: tl.constexpr,
 ):  # fmt: skip
-    """Lays the weights out as (gate, up, down transposed), each (padded I, PADDED) and zero past I and L: rows of 81
-    or 97 elements are not aligned, and can be loaded only one element at a time."""
+    """Lays the weights out in rows of PADDED, zero past I and L: INNER rows of the gate, INNER of up, and so on; after all
+    of them down, transposed. Rows of 81 or 97 elements, which are not aligned, could be loaded only one element at a
+    time, and gate and up side by side make one product of two."""
     which = tl.program_id(1)
     rows = tl.program_id(0) * 16 + tl.arange(0, 16)[:, None]
     columns = tl.arange(0, BLOCK)[None, :]
     inside = (rows < inner) & (columns < LENGTH)
+    target = 2 * padded_inner + rows
     if which == 2:
         values = tl.load(down_ptr + columns.to(tl.int64) * down_stride + rows, mask=inside, other=0.0)
     else:
@@ -83,8 +85,9 @@ def _pack_kernel(
         values = tl.load(gate_up_ptr + source, mask=inside, other=0.0)
         if which == 0:
             values = halve_for_silu(values, MATH)
+        target = (2 * (rows // INNER) + which) * INNER + rows % INNER
     mask = (rows < padded_inner) & (columns < PADDED)
-    tl.store(packed_ptr + (which * padded_inner + rows) * PADDED + columns, values, mask=mask)
+    tl.store(packed_ptr + target * PADDED + columns, values, mask=mask)
 
 
 @jit
@@ -108,9 +111,21 @@ def _scales(tile, WIDTH: tl.constexpr, CHANNELS: tl.constexpr):
 
 
 @jit
-def _weights(packed_ptr, first, FIRST: tl.constexpr, PART: tl.constexpr, PADDED: tl.constexpr, INNER: tl.constexpr):
-    """Rows [first, first + INNER) and columns [FIRST, FIRST + PART) of one of the packed weights."""
-    return tl.load(packed_ptr + (first + tl.arange(0, INNER))[:, None] * PADDED + FIRST + tl.arange(0, PART)[None, :])
+def _weights(packed_ptr, first, FIRST: tl.constexpr, PART: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr):
+    """Rows [first, first + ROWS) and columns [FIRST, FIRST + PART) of the packed weights."""
+    return tl.load(packed_ptr + (first + tl.arange(0, ROWS))[:, None] * PADDED + FIRST + tl.arange(0, PART)[None, :])
+
+
+@jit
+def _halves(both, ROWS: tl.constexpr, INNER: tl.constexpr):
+    """The two (ROWS, INNER) halves of (ROWS, 2 * INNER); threads keep what they hold."""
+    return tl.split(tl.permute(tl.reshape(both, (ROWS, 2, INNER)), (0, 2, 1)))
+
+
+@jit
+def _side_by_side(a, b, ROWS: tl.constexpr, INNER: tl.constexpr):
+    """What `_halves` takes apart."""
+    return tl.reshape(tl.permute(tl.join(a, b), (0, 2, 1)), (ROWS, 2 * INNER))
 
 
 @jit
@@ -133,7 +148,7 @@ def _mixer_forward_kernel(
     """Rows are channels: the products of one dot are, in registers, the left operand of the next."""
     PADDED: tl.constexpr = PART1 + PART2
     tile = tl.program_id(0)
-    matrix = padded_inner * PADDED
+    down_ptr = packed_ptr + 2 * padded_inner * PADDED
     offsets1, mask1 = _tile(tile, 0, PART1, LENGTH, WIDTH, CHANNELS)
     x1 = tl.trans(tl.load(x_ptr + offsets1, mask=mask1, other=0.0))
     v1 = x1.to(tl.float32)
@@ -142,20 +157,17 @@ def _mixer_forward_kernel(
         x2 = tl.trans(tl.load(x_ptr + offsets2, mask=mask2, other=0.0))
         v2 = x2.to(tl.float32)
     for first in tl.range(0, padded_inner, INNER, num_stages=STAGES):
-        g = tl.dot(x1, tl.trans(_weights(packed_ptr, first, 0, PART1, PADDED, INNER)), input_precision=PRECISION)
+        both1 = _weights(packed_ptr, 2 * first, 0, PART1, PADDED, 2 * INNER)
+        both = tl.dot(x1, tl.trans(both1), input_precision=PRECISION)
         if PART2 > 0:
-            gate2 = _weights(packed_ptr, first, PART1, PART2, PADDED, INNER)
-            g = dot_add(x2, tl.trans(gate2), g, PRECISION, MATH)
-        up1 = _weights(packed_ptr + matrix, first, 0, PART1, PADDED, INNER)
-        u = tl.dot(x1, tl.trans(up1), input_precision=PRECISION)
-        if PART2 > 0:
-            up2 = _weights(packed_ptr + matrix, first, PART1, PART2, PADDED, INNER)
-            u = dot_add(x2, tl.trans(up2), u, PRECISION, MATH)
+            both2 = _weights(packed_ptr, 2 * first, PART1, PART2, PADDED, 2 * INNER)
+            both = dot_add(x2, tl.trans(both2), both, PRECISION, MATH)
+        g, u = _halves(both, CHANNELS, INNER)
         hidden = silu_times(g, u, MATH).to(x1.dtype)
-        down1 = _weights(packed_ptr + 2 * matrix, first, 0, PART1, PADDED, INNER)
+        down1 = _weights(down_ptr, first, 0, PART1, PADDED, INNER)
         v1 = dot_add(hidden, down1, v1, PRECISION, MATH)
         if PART2 > 0:
-            down2 = _weights(packed_ptr + 2 * matrix, first, PART1, PART2, PADDED, INNER)
+            down2 = _weights(down_ptr, first, PART1, PART2, PADDED, INNER)
             v2 = dot_add(hidden, down2, v2, PRECISION, MATH)
     squares = tl.sum(v1 * v1, 1)
     if PART2 > 0:
@@ -188,7 +200,7 @@ def _mixer_backward_x_kernel(
     """Gradients of v, which the weights' gradients are made of, and of x; recomputes g and u."""
     PADDED: tl.constexpr = PART1 + PART2
     tile = tl.program_id(0)
-    matrix = padded_inner * PADDED
+    down_ptr = packed_ptr + 2 * padded_inner * PADDED
     dtype = x_ptr.dtype.element_ty
     offsets, mask = _scales(tile, WIDTH, CHANNELS)
     scale = tl.load(scale_ptr + offsets, mask=mask, other=0.0)
@@ -215,27 +227,21 @@ def _mixer_backward_x_kernel(
         low2, grad2 = tl.trans(grad2.to(dtype)), tl.trans(grad2)
         x2 = tl.trans(tl.load(x_ptr + offsets2, mask=mask2, other=0.0))
     for first in tl.range(0, padded_inner, INNER, num_stages=STAGES):
-        gate1 = _weights(packed_ptr, first, 0, PART1, PADDED, INNER)
-        up1 = _weights(packed_ptr + matrix, first, 0, PART1, PADDED, INNER)
-        down1 = _weights(packed_ptr + 2 * matrix, first, 0, PART1, PADDED, INNER)
-        g = tl.dot(x1, tl.trans(gate1), input_precision=PRECISION)
-        u = tl.dot(x1, tl.trans(up1), input_precision=PRECISION)
-        if PART2 > 0:
-            gate2 = _weights(packed_ptr, first, PART1, PART2, PADDED, INNER)
-            up2 = _weights(packed_ptr + matrix, first, PART1, PART2, PADDED, INNER)
-            down2 = _weights(packed_ptr + 2 * matrix, first, PART1, PART2, PADDED, INNER)
-            g = dot_add(x2, tl.trans(gate2), g, PRECISION, MATH)
-            u = dot_add(x2, tl.trans(up2), u, PRECISION, MATH)
+        both1 = _weights(packed_ptr, 2 * first, 0, PART1, PADDED, 2 * INNER)
+        down1 = _weights(down_ptr, first, 0, PART1, PADDED, INNER)
+        both = tl.dot(x1, tl.trans(both1), input_precision=PRECISION)
         grad_hidden = tl.dot(low1, tl.trans(down1), input_precision=PRECISION)
         if PART2 > 0:
+            both2 = _weights(packed_ptr, 2 * first, PART1, PART2, PADDED, 2 * INNER)
+            down2 = _weights(down_ptr, first, PART1, PART2, PADDED, INNER)
+            both = dot_add(x2, tl.trans(both2), both, PRECISION, MATH)
             grad_hidden = dot_add(low2, tl.trans(down2), grad_hidden, PRECISION, MATH)
+        g, u = _halves(both, CHANNELS, INNER)
         _hidden, grad_g, grad_u = _slopes(g, u, grad_hidden, MATH)
-        grad_g, grad_u = grad_g.to(dtype), grad_u.to(dtype)
-        grad1 = dot_add(grad_g, gate1, grad1, PRECISION, MATH)
-        grad1 = dot_add(grad_u, up1, grad1, PRECISION, MATH)
+        grad_both = _side_by_side(grad_g, grad_u, CHANNELS, INNER).to(dtype)
+        grad1 = dot_add(grad_both, both1, grad1, PRECISION, MATH)
         if PART2 > 0:
-            grad2 = dot_add(grad_g, gate2, grad2, PRECISION, MATH)
-            grad2 = dot_add(grad_u, up2, grad2, PRECISION, MATH)
+            grad2 = dot_add(grad_both, both2, grad2, PRECISION, MATH)
     tl.store(grad_x_ptr + offsets1, tl.trans(grad1.to(dtype)), mask=mask1)
     if PART2 > 0:
         tl.store(grad_x_ptr + offsets2, tl.trans(grad2.to(dtype)), mask=mask2)
@@ -251,35 +257,31 @@ def _mixer_backward_w_kernel(
 ):  # fmt: skip
     """Weight gradients, transposed, of INNER of the I hidden values over this program's share of the tiles.
 
-    The three sums, (PADDED, INNER) each, stay in registers until the end. Their rows are positions, as a matrix unit
-    of sm_90 takes 64 rows or more: positions come in one part here.
+    The sums, (PADDED, 2 * INNER) and (PADDED, INNER), stay in registers until the end. Their rows are positions, as a
+    matrix unit of sm_90 takes 64 rows or more: positions come in one part here.
     """
     first = tl.program_id(0) * INNER
-    matrix = padded_inner * PADDED
-    gate = _weights(packed_ptr, first, 0, PADDED, PADDED, INNER)
-    up = _weights(packed_ptr + matrix, first, 0, PADDED, PADDED, INNER)
-    down = _weights(packed_ptr + 2 * matrix, first, 0, PADDED, PADDED, INNER)
-    dtype = gate.dtype
-    grad_gate = tl.zeros((PADDED, INNER), tl.float32)
-    grad_up = tl.zeros((PADDED, INNER), tl.float32)
+    both = _weights(packed_ptr, 2 * first, 0, PADDED, PADDED, 2 * INNER)
+    down = _weights(packed_ptr + 2 * padded_inner * PADDED, first, 0, PADDED, PADDED, INNER)
+    dtype = both.dtype
+    grad_both = tl.zeros((PADDED, 2 * INNER), tl.float32)
     grad_down = tl.zeros((PADDED, INNER), tl.float32)
     for tile in tl.range(tl.program_id(1), tiles, tl.num_programs(1), num_stages=STAGES):
         offsets, mask = _tile(tile, 0, PADDED, LENGTH, WIDTH, CHANNELS)
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0)
         grad_v = tl.load(grad_v_ptr + offsets, mask=mask, other=0.0)
-        g = tl.dot(tl.trans(x), tl.trans(gate), input_precision=PRECISION)
-        u = tl.dot(tl.trans(x), tl.trans(up), input_precision=PRECISION)
+        g, u = _halves(tl.dot(tl.trans(x), tl.trans(both), input_precision=PRECISION), CHANNELS, INNER)
         grad_hidden = tl.dot(tl.trans(grad_v), tl.trans(down), input_precision=PRECISION)
         hidden, grad_g, grad_u = _slopes(g, u, grad_hidden, MATH)
-        # rounded where they are used and in this order, nothing spills on sm_90 and one buffer serves all three
-        grad_gate = dot_add(x, grad_g.to(dtype), grad_gate, PRECISION, MATH)
-        grad_up = dot_add(x, grad_u.to(dtype), grad_up, PRECISION, MATH)
+        # rounded where they are used and in this order, nothing spills on sm_90 and one buffer serves both
+        grads = _side_by_side(grad_g, grad_u, CHANNELS, INNER).to(dtype)
+        grad_both = dot_add(x, grads, grad_both, PRECISION, MATH)
         grad_down = dot_add(grad_v, hidden.to(dtype), grad_down, PRECISION, MATH)
-    partial = partial_ptr + tl.program_id(1).to(tl.int64) * 3 * matrix  # (programs, 3, PADDED, padded I)
-    offsets = tl.arange(0, PADDED)[:, None] * padded_inner + first + tl.arange(0, INNER)[None, :]
-    tl.store(partial + offsets, grad_gate)
-    tl.store(partial + matrix + offsets, grad_up)
-    tl.store(partial + 2 * matrix + offsets, grad_down)
+    # (programs, PADDED, 3 * padded I), columns as the packed weights' rows
+    rows = tl.arange(0, PADDED)[:, None] * (3 * padded_inner)
+    partial = partial_ptr + tl.program_id(1).to(tl.int64) * (3 * padded_inner * PADDED) + rows
+    tl.store(partial + 2 * first + tl.arange(0, 2 * INNER)[None, :], grad_both)
+    tl.store(partial + 2 * padded_inner + first + tl.arange(0, INNER)[None, :], grad_down)
 
 
 # ---------------------------------------------------------------------------------------------------- launch table
@@ -311,7 +313,7 @@ MIXER_TABLE: dict[str, Entries] = {
 MIXER_HOPPER: dict[str, Entries] = {
     "mixer_forward": {2: MixerConfig(128, 32, 8, registers=128)},
     "mixer_backward_x": {2: MixerConfig(64, 32, 4)},
-    "mixer_backward_w": {2: MixerConfig(128, 64, 8)},
+    "mixer_backward_w": {2: MixerConfig(64, 32, 4, programs=2)},
 }
 _overrides: dict[str, MixerConfig] = {}
 
@@ -407,11 +409,11 @@ def _pack(kernel: str, config: MixerConfig, w_gate_up: Tensor, w_down: Tensor) -
     """
     length, inner = w_down.shape
     rows, padded = ceil_div(inner, config.inner) * config.inner, padded_length(kernel, length)
-    packed = torch.empty((3, rows, padded), dtype=w_down.dtype, device=w_down.device)
+    packed = torch.empty((3 * rows, padded), dtype=w_down.dtype, device=w_down.device)
     gate_up, down = _unit_stride(w_gate_up), _unit_stride(w_down)
     _pack_kernel[ceil_div(rows, 16), 3](
         gate_up, down, packed, inner, rows, gate_up.stride(0), down.stride(0),
-        LENGTH=length, PADDED=padded, BLOCK=padded_length("mixer_backward_w", length),
+        LENGTH=length, PADDED=padded, BLOCK=padded_length("mixer_backward_w", length), INNER=config.inner,
         MATH=_math(w_down.dtype) if kernel == "mixer_forward" else "plain",
     )  # fmt: skip
     return packed
@@ -427,7 +429,7 @@ def _launch_forward(x: Tensor, w_gate_up: Tensor, w_down: Tensor, eps: float, sa
         with device_of(x):
             packed = _pack("mixer_forward", config, w_gate_up, w_down)
             _mixer_forward_kernel[(batch * ceil_div(width, config.channels),)](
-                x.contiguous(), packed, out, scale, packed.shape[1], eps, SAVE=save, **options
+                x.contiguous(), packed, out, scale, packed.shape[0] // 3, eps, SAVE=save, **options
             )
     return out, scale
 
@@ -455,7 +457,7 @@ def _launch_backward(
     with device_of(x):
         packed = _pack("mixer_backward_x", config, w_gate_up, w_down)
         _mixer_backward_x_kernel[(batch * ceil_div(width, config.channels),)](
-            grad.contiguous(), x, out, scale, packed, grad_v, grad_x, packed.shape[1], eps, **options
+            grad.contiguous(), x, out, scale, packed, grad_v, grad_x, packed.shape[0] // 3, eps, **options
         )
         if not grad_w:
             return grad_x, *empty
@@ -467,15 +469,16 @@ def _weight_gradients(x: Tensor, grad_v: Tensor, w_gate_up: Tensor, w_down: Tens
     inner = w_down.shape[1]
     config, options = _configuration("mixer_backward_w", x)
     packed = _pack("mixer_backward_w", config, w_gate_up, w_down)
-    _, rows, padded = packed.shape
+    rows, padded = packed.shape[0] // 3, packed.shape[1]
     tiles = batch * ceil_div(width, config.channels)
     chunks = rows // config.inner
     shares = max(1, min(tiles, multiprocessors(x.device) * config.programs // chunks))
-    partial = torch.empty((shares, 3, padded, rows), dtype=torch.float32, device=x.device)
+    partial = torch.empty((shares, padded, 3 * rows), dtype=torch.float32, device=x.device)
     _mixer_backward_w_kernel[chunks, shares](x, grad_v, packed, partial, tiles, rows, **options)
     # one fixed order of summation: the same gradients every time
-    gate, up, down = partial.sum(0)[:, :length, :inner].to(x.dtype)
-    return torch.cat((gate.t(), up.t())), down.contiguous()
+    summed = partial.sum(0)[:length].to(x.dtype)
+    both = summed[:, : 2 * rows].view(length, chunks, 2, config.inner).permute(2, 1, 3, 0).reshape(2, rows, length)
+    return both[:, :inner].reshape(2 * inner, length), summed[:, 2 * rows : 2 * rows + inner].contiguous()
 
 
 _mixer_backward = torch.library.custom_op("hrm::token_mixer_backward", _launch_backward, mutates_args=())
