@@ -8,6 +8,7 @@ work: 10,000 puzzles of Sudoku-Extreme's difficulty take seconds.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -53,7 +54,7 @@ def solve(
         boards, owners = _kept(boards, owners, found.solutions[owners] < limit)
         alive = _propagate(boards)
         boards, owners = _kept(boards, owners, alive)
-        open_cells: NDArray[np.bool_] = np.any(_SIZE[boards] > 1, (0, 1))
+        open_cells: NDArray[np.bool_] = _anywhere(_SIZE[boards] > 1)
         _record(found, boards, owners, ~open_cells)
         boards, owners = _kept(boards, owners, open_cells)
         if len(owners):
@@ -69,7 +70,7 @@ def repeats(digits: NDArray[np.uint8]) -> NDArray[np.bool_]:
     height, width = BOXES[side]
     bits = np.array([0, *(1 << digit for digit in range(side))], np.uint16)[digits]
     cells = bits.T.reshape(side // height, height, side // width, width, -1)
-    return np.any([_occurrences(cells, axes)[1].any((0, 1, 2, 3)) for axes in _AXES], 0)
+    return np.any([_anywhere(_occurrences(cells, axes)[1]) for axes in _AXES], 0)
 
 
 def _candidates(questions: NDArray[np.uint8], without: NDArray[np.uint8] | None) -> Boards:
@@ -143,7 +144,7 @@ def _propagate(boards: Boards) -> NDArray[np.bool_]:
         after, sound = _step(before)
         boards[:, :, active] = after
         alive[active] = sound
-        active = active[sound & (after != before).any((0, 1))]
+        active = active[sound & _anywhere(after != before)]
     return alive
 
 
@@ -158,16 +159,16 @@ def _step(boards: Boards) -> tuple[Boards, NDArray[np.bool_]]:
     for axes in _AXES:
         once, twice = _occurrences(settled, axes)
         taken = taken | once
-        wrong |= twice.any((0, 1, 2, 3))
+        wrong |= _anywhere(twice)
     cells = np.where(settled, cells, cells & ~taken)
     only = np.zeros_like(cells)
     for axes in _AXES:
         once, twice = _occurrences(cells, axes)
         only |= once & ~twice
-        wrong |= (once != (1 << side) - 1).any((0, 1, 2, 3))
+        wrong |= _anywhere(once != np.uint16((1 << side) - 1))
     only &= cells
     cells = np.where(only, only, cells)
-    wrong |= ((cells == 0) | (only & (only - np.uint16(1)) != 0)).any((0, 1, 2, 3))
+    wrong |= _anywhere((cells == 0) | (only & (only - np.uint16(1)) != 0))
     return cells.reshape(boards.shape), ~wrong
 
 
@@ -176,13 +177,18 @@ def _confined(cells: Boards, along: int, other_lines: int, other_boxes: int) -> 
 
     A digit that a box has in one line only is that line's; one that a line has in one box only is that box's.
     """
-    segments = np.bitwise_or.reduce(cells, axis=along, keepdims=True)
+    segments, _ = _occurrences(cells, (along,))
     excluded = np.zeros_like(segments)
     for within, across in ((other_lines, other_boxes), (other_boxes, other_lines)):
         once, twice = _occurrences(segments, (within,))
         needed = segments & once & ~twice
         excluded |= np.bitwise_or.reduce(needed, axis=across, keepdims=True) & ~needed
     return excluded
+
+
+def _anywhere(true: NDArray) -> NDArray[np.bool_]:
+    """For which boards (K,), the last axis, anything is true."""
+    return np.logical_or.reduce(true.reshape(math.prod(true.shape[:-1]), -1), axis=0)
 
 
 def _occurrences(cells: Boards, axes: tuple[int, ...]) -> tuple[Boards, Boards]:
