@@ -70,9 +70,9 @@ def _pack_kernel(
     inner, padded_inner, gate_up_stride, down_stride,
     LENGTH: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, INNER: tl.constexpr, MATH: tl.constexpr,
 ):  # fmt: skip
-    """Lays the weights out in rows of PADDED, zero past I and L: INNER rows of the gate, INNER of up, and so on; after all
-    of them down, transposed. Rows of 81 or 97 elements, which are not aligned, could be loaded only one element at a
-    time, and gate and up side by side make one product of two."""
+    """Lays the weights out in rows of PADDED, zero past I and L: INNER rows of the gate, INNER of up, and so on; in the
+    end down, transposed. Rows of 81 or 97 elements, which are not aligned, could be loaded only one element at a time,
+    and gate and up side by side make one product of two."""
     which = tl.program_id(1)
     rows = tl.program_id(0) * 16 + tl.arange(0, 16)[:, None]
     columns = tl.arange(0, BLOCK)[None, :]
@@ -307,7 +307,7 @@ Entries = dict[int, MixerConfig]
 MIXER_TABLE: dict[str, Entries] = {
     "mixer_forward": {2: MixerConfig(64, 32, 4), 4: MixerConfig(16, 16, 8, 1)},
     "mixer_backward_x": {2: MixerConfig(64, 16, 4), 4: MixerConfig(16, 16, 8, 1)},
-    "mixer_backward_w": {2: MixerConfig(32, 32, 8), 4: MixerConfig(16, 16, 8, 1)},
+    "mixer_backward_w": {2: MixerConfig(32, 32, 4, programs=2), 4: MixerConfig(16, 16, 8, 1)},
 }
 # What replaces entries from sm_90 on, whose matrix units want 64 rows a warpgroup
 MIXER_HOPPER: dict[str, Entries] = {
