@@ -53,7 +53,7 @@ class DataSettings:
     version: int = 1
     """ARC-AGI-1 or -2."""
     copies: int = 100
-    """Symmetric copies of each arc task; published runs have 1000, which takes 12 GB of memory."""
+    """Symmetric copies of each arc task; published runs have 1000, which takes 15 GB of memory."""
     seed: int = 0
     """Seed of what is generated or drawn."""
 
