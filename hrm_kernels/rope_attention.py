@@ -79,6 +79,7 @@ def attention_options(kernel: str, length: int, size: int, major: int) -> dict[s
         "num_warps": block // 16,
         "num_stages": 1,
         "maxnreg": registers if block == MAX_LENGTH else None,
+        "enable_fp_fusion": True,  # Triton's default until 3.9
     }
 
 
@@ -478,6 +479,7 @@ class _Rotate(torch.autograd.Function):
 
 
 def _long(qkv: Tensor, cos: Tensor | None, sin: Tensor | None, heads: int, graph: bool) -> Tensor:
+    qkv = _unit(qkv)  # PyTorch's fast attention wants unit strides
     q, k, v = _parts(qkv, heads)
     if cos is not None and sin is not None:
         run = _rotate_forward if torch.compiler.is_compiling() else _Rotate.apply if graph else _launch_rotate
