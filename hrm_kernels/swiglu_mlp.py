@@ -67,6 +67,7 @@ def product_options(tile: Tile, dtype: torch.dtype) -> dict[str, Any]:
         "MATH": _math(dtype),
         "num_warps": tile.warps,
         "num_stages": tile.stages,
+        "enable_fp_fusion": True,  # Triton's default until 3.9
     }
 
 
