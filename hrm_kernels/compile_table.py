@@ -8,6 +8,7 @@ where a configuration does not fit its GPU.
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,6 +31,23 @@ from hrm_kernels.carry_update import (
 )
 from hrm_kernels.h_update import _h_backward_kernel, _h_forward_kernel
 from hrm_kernels.l_recurrence import _l_backward_kernel, _l_forward_kernel
+from hrm_kernels.residual_norm import _norm_backward_kernel, _norm_forward_kernel, norm_options
+from hrm_kernels.rope_attention import (
+    _attention_backward_kernel,
+    _attention_forward_kernel,
+    _rotate_kernel,
+    attention_options,
+    rotate_options,
+)
+from hrm_kernels.swiglu_mlp import (
+    TILES,
+    _gate_backward_kernel,
+    _gate_forward_kernel,
+    _gated_product_kernel,
+    gate_options,
+    product_options,
+)
+from hrm_kernels.token_mixer import MIXER_KERNELS, mixer_entries, mixer_options
 
 SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448}  # bytes that one block may have
 ARCHITECTURES = tuple(SHARED_LIMIT)
@@ -42,6 +61,24 @@ _TILED = {
     "h_forward": (_h_forward_kernel, ({},)),
     "h_backward": (_h_backward_kernel, ({},)),
 }
+_FUNCTIONS = {
+    **{name: function for name, (function, _) in _TILED.items()},
+    **{name: function for name, (function, _) in MIXER_KERNELS.items()},
+    "carry": _carry_kernel,
+    "carry_finish": _finish_kernel,
+    "norm_forward": _norm_forward_kernel,
+    "norm_backward": _norm_backward_kernel,
+    "gated_product": _gated_product_kernel,
+    "gate_forward": _gate_forward_kernel,
+    "gate_backward": _gate_backward_kernel,
+    "attention_forward": _attention_forward_kernel,
+    "attention_backward": _attention_backward_kernel,
+    "rotate": _rotate_kernel,
+}
+# shapes that the transformer block's kernels are compiled for: those of the puzzle models, and the widest row
+NORM_WIDTHS = (512, 4096)
+ATTENTION_LENGTHS = (64, 128)  # every shorter sequence is padded to one of these
+MIXER_LENGTHS, MIXER_WIDTH = (81, 97), 512
 
 
 @dataclass(frozen=True)
@@ -52,17 +89,21 @@ class Case:
     dtype: torch.dtype
     constants: tuple[tuple[str, object], ...]
     warps: int
+    build: tuple[tuple[str, object], ...] = (("num_stages", 1),)
 
     @property
     def rows(self) -> int | None:
-        config = dict(self.constants).get("config")
-        return config.rows if isinstance(config, Config) else None
+        constants = dict(self.constants)
+        config = constants.get("config")
+        if isinstance(config, Config):
+            return config.rows
+        return next((constants[key] for key in ("BLOCK_N", "BLOCK_L", "CHANNELS") if key in constants), None)  # type: ignore
 
     def options(self) -> tuple[dict, dict]:
         """The compile-time constants, and the options of the compiler."""
         constants = dict(self.constants)
         if "config" not in constants:
-            return constants, {"num_warps": self.warps, "num_stages": 1}
+            return constants, {"num_warps": self.warps, **dict(self.build)}
         options = kernel_options(constants.pop("config"), constants.pop("head_size"), self.dtype)
         build = {key: value for key, value in options.items() if key.islower()}
         return constants | {key: value for key, value in options.items() if key.isupper()}, build
@@ -89,6 +130,41 @@ def tiled_case(kernel: str, tokens: str, config: Config, dtype: torch.dtype, hea
     return Case(name, dtype, (("config", config), ("head_size", head_size), *flags.items()), config.warps)
 
 
+def options_case(name: str, dtype: torch.dtype, options: dict[str, Any], **flags: bool) -> Case:
+    """A kernel whose launcher takes `options`: compile-time constants in capitals, the compiler's options in small."""
+    constants = {key: value for key, value in options.items() if key.isupper()} | flags
+    build = {key: value for key, value in options.items() if key.islower() and key != "num_warps"}
+    name = " ".join((name, *(flag.lower() for flag, on in flags.items() if on)))
+    return Case(name, dtype, tuple(constants.items()), options["num_warps"], tuple(build.items()))
+
+
+def block_cases(architecture: int, head_sizes: Iterable[int], dtype: torch.dtype) -> Iterator[Case]:
+    """The kernels of the transformer block: norm, MLP, attention, and the mixer that may take attention's place."""
+    major = architecture // 10
+    for width in NORM_WIDTHS:
+        options = norm_options(width, dtype)
+        yield from (options_case(f"norm_forward {width}", dtype, options, SAVE=save) for save in (False, True))
+        yield options_case(f"norm_backward {width}", dtype, options)
+    tile = TILES.get(major)
+    if tile is not None and dtype.itemsize == 2:
+        yield options_case("gated_product", dtype, product_options(tile, dtype))
+    yield options_case("gate_forward", dtype, gate_options(dtype))
+    yield options_case("gate_backward", dtype, gate_options(dtype))
+    for size in head_sizes:
+        for inverse, copy_v in ((False, False), (False, True), (True, True)):
+            yield options_case("rotate", dtype, rotate_options(size), INVERSE=inverse, COPY_V=copy_v)
+        for length, rotate in itertools.product(ATTENTION_LENGTHS if dtype.itemsize == 2 else (), (False, True)):
+            options = attention_options("forward", length, size, major)
+            for save in (False, True):
+                yield options_case(f"attention_forward {length}", dtype, options, ROTATE=rotate, SAVE=save)
+            options = attention_options("backward", length, size, major)
+            yield options_case(f"attention_backward {length}", dtype, options, ROTATE=rotate)
+    for (kernel, (_, variants)), length in itertools.product(MIXER_KERNELS.items(), MIXER_LENGTHS):
+        config = mixer_entries(kernel, divmod(architecture, 10))[dtype.itemsize]
+        options = mixer_options(kernel, config, length, MIXER_WIDTH, dtype)
+        yield from (options_case(f"{kernel} {length}", dtype, options, **flags) for flags in variants)
+
+
 def cases(
     architecture: int, head_sizes: Iterable[int] = (64,), dtypes: Iterable[torch.dtype] = tuple(NAMES)
 ) -> Iterator[Case]:
@@ -103,19 +179,15 @@ def cases(
             for block in CARRY_BLOCKS:
                 name = f"carry {block} {'whole' if whole else 'parts'}"
                 yield Case(name, dtype, (("WHOLE", whole), ("BLOCK", block)), carry_warps(block))
+        yield from block_cases(architecture, head_sizes, dtype)
     yield Case("carry_finish", torch.float32, (("BLOCK", FINISH_BLOCK),), FINISH_WARPS)
-
-
-def _function(case: Case):
-    kernel = case.name.split()[0]
-    return {"carry": _carry_kernel, "carry_finish": _finish_kernel}.get(kernel) or _TILED[kernel][0]
 
 
 def compile_case(case: Case, architecture: int) -> Report:
     """Compiles `case` for compute capability `architecture` (such as 86); needs Triton but no GPU."""
     from triton.backends.compiler import GPUTarget
 
-    function, (constants, options) = _function(case), case.options()
+    function, (constants, options) = _FUNCTIONS[case.name.split()[0]], case.options()
     signature, attributes = {}, {}
     for index, name in enumerate(function.arg_names):
         if name in constants:
@@ -124,7 +196,7 @@ def compile_case(case: Case, architecture: int) -> Report:
             signature[name] = "*" + _pointee(name, case.dtype)
         else:
             signature[name] = "fp32" if name == "eps" else "i32"
-        if name.endswith(("_ptr", "_stride")) or name in ("size", "width", "chunk"):
+        if name.endswith(("_ptr", "_stride")) or name in ("size", "width", "chunk", "inner", "padded_inner"):
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = triton.compiler.ASTSource(function, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
@@ -132,7 +204,8 @@ def compile_case(case: Case, architecture: int) -> Report:
 
 
 def _pointee(name: str, dtype: torch.dtype) -> str:
-    fixed = {"grad_w_ptr": "fp32", "partial_ptr": "fp32", "residual_ptr": "fp32"}
+    fixed = dict.fromkeys(("grad_w_ptr", "partial_ptr", "residual_ptr", "scale_ptr", "lse_ptr", "delta_ptr"), "fp32")
+    fixed |= {"cos_ptr": "fp32", "sin_ptr": "fp32"}
     fixed |= {"halted_ptr": "i1", "steps_ptr": "i32", "new_steps_ptr": "i32"}
     return fixed.get(name, NAMES[dtype])
 
