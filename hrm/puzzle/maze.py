@@ -2,8 +2,8 @@
 
 The symbols "# SGo" (wall, free, start, goal, path) have the ids 1 to 5; 0 is padding. A label is its input with "o" on
 the free cells of a shortest way from S to G, steps going up, down, left and right. Published mazes (HRM's
-maze-30x30-hard) have 30 x 30 cells and, nearly always, many ways that are shortest, of which the label shows one; the
-mazes generated here have one.
+maze-30x30-hard) have 30 x 30 cells and many ways that are shortest; their labels show the one that takes, from S on,
+the first of down, left, right and up, a rule that a symmetric copy does not keep. The mazes generated here have one.
 """
 
 from __future__ import annotations
@@ -114,17 +114,18 @@ def _flaws(
 
 
 def shortest_ways(
-    inputs: NDArray[np.uint8], side: tuple[int, int], rng: np.random.Generator
+    inputs: NDArray[np.uint8], side: tuple[int, int], rng: np.random.Generator | None = None
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """One shortest way through each maze, drawn step by step where there are several.
+    """One shortest way through each maze.
 
     Args:
         inputs: mazes (N, S), each with a way from S to G.
         side: rows and columns.
-        rng: of the draw.
+        rng: draws, step by step, where there are several; None: from S on the first of down, left, right and up, as
+            in the published labels.
 
     Returns:
-        labels (N, S), and the cells (N, S) from which another shortest way would have come next to this one: with
+        labels (N, S), and the cells (N, S) to which another shortest way would have turned off from this one: with
         walls there, this one is the only shortest.
     """
     count, width = len(inputs), side[1] + 2
@@ -132,19 +133,19 @@ def shortest_ways(
     labels = np.zeros((count, len(inside)), np.uint8)
     labels[:, inside] = inputs
     others = np.zeros(labels.shape, bool)
-    start = (inputs == START).reshape(-1, *side)
-    steps = distances((inputs != WALL).reshape(-1, *side), start)
+    goal = (inputs == GOAL).reshape(-1, *side)
+    steps = distances((inputs != WALL).reshape(-1, *side), goal)
     steps = np.pad(steps, ((0, 0), (1, 1), (1, 1)), constant_values=-1).reshape(count, len(inside))
-    every, place = np.arange(count), (labels == GOAL).argmax(1)
+    every, place = np.arange(count), (labels == START).argmax(1)
     left = steps[every, place]
     while (left > 1).any():
         rows = np.flatnonzero(left > 1)
-        before = place[rows, None] + np.array([-width, -1, 1, width])
-        nearer = steps[rows[:, None], before] == left[rows, None] - 1
-        choice = np.where(nearer, rng.random(nearer.shape), -1.0).argmax(1)
-        others[rows[np.nonzero(nearer)[0]], before[nearer]] = True
-        others[rows, before[np.arange(len(rows)), choice]] = False
-        place[rows] = before[np.arange(len(rows)), choice]
+        after = place[rows, None] + np.array([width, -1, 1, -width])
+        nearer = steps[rows[:, None], after] == left[rows, None] - 1
+        choice = (nearer if rng is None else np.where(nearer, rng.random(nearer.shape), -1.0)).argmax(1)
+        others[rows[np.nonzero(nearer)[0]], after[nearer]] = True
+        others[rows, after[np.arange(len(rows)), choice]] = False
+        place[rows] = after[np.arange(len(rows)), choice]
         labels[rows, place[rows]] = PATH
         left[rows] -= 1
     return labels[:, inside], others[:, inside]
@@ -225,7 +226,7 @@ def _answers(inputs: NDArray[np.uint8], side: tuple[int, int]) -> NDArray[np.uin
     """A shortest way for each maze; the maze itself where it has none, which the checks then say."""
     labels = inputs.copy()
     one = ((inputs == START).sum(1) == 1) & ((inputs == GOAL).sum(1) == 1)
-    labels[one] = shortest_ways(inputs[one], side, np.random.default_rng(0))[0]
+    labels[one] = shortest_ways(inputs[one], side)[0]
     return labels
 
 

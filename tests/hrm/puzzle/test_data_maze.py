@@ -124,6 +124,7 @@ def test_the_published_mazes_are_sound_and_have_many_shortest_ways():
     other, ties = maze.shortest_ways(puzzles.inputs, puzzles.side, np.random.default_rng(0))
     assert ties.any(1).all()
     assert (other != puzzles.labels).any(1).mean() > 0.9
+    assert np.array_equal(maze.shortest_ways(puzzles.inputs, puzzles.side)[0], puzzles.labels)
     assert maze.is_solved(puzzles.inputs, other, puzzles.side).all()
 
 
