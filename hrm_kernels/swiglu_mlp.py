@@ -93,9 +93,8 @@ def _gated_product_kernel(
     depth = tl.arange(0, BLOCK_K)
     # past the end the last row and column are read again and not written: no mask in the loop
     x = x_ptr + tl.minimum(rows, n - 1).to(tl.int64)[:, None] * x_stride + depth[None, :]
-    column = tl.minimum(columns, inner - 1).to(tl.int64)[None, :]
-    w_gate = w_ptr + column * width + depth[:, None]
-    w_up = w_ptr + (inner + column) * width + depth[:, None]
+    w_gate = w_ptr + tl.minimum(columns, inner - 1)[None, :] * width + depth[:, None]
+    w_up = w_gate + inner * width
     gate = tl.zeros((BLOCK_N, BLOCK_I), tl.float32)
     up = tl.zeros((BLOCK_N, BLOCK_I), tl.float32)
     for _ in range(0, width, BLOCK_K):
@@ -174,18 +173,21 @@ def _gate_backward(gate_up: Tensor, grad_act: Tensor) -> Tensor:
     return grad_gate_up
 
 
-def _tile_for(rows: Tensor) -> Tile | None:
+def _tile_for(rows: Tensor, w_gate_up: Tensor) -> Tile | None:
     """The tile of the gated product; None where cuBLAS and an elementwise pass do it: in float32, whose products keep
-    the user's tf32 setting, and where the depth of a step does not divide the width."""
+    the user's tf32 setting, where the depth of a step does not divide the width, and for weights that 32 bits cannot
+    address."""
     tile = TILES.get(_capability(rows.device)[0]) if rows.dtype.itemsize == 2 else None
-    return tile if tile is not None and rows.shape[1] % tile.depth == 0 else None
+    if tile is None or rows.shape[1] % tile.depth or w_gate_up.numel() >= 2**31:
+        return None
+    return tile
 
 
 def _launch_inference(x: Tensor, w_gate_up: Tensor, w_down: Tensor) -> Tensor:
     rows = rows_of(x)
     if rows.shape[0] == 0:
         return x.new_empty(x.shape)
-    tile = _tile_for(rows)
+    tile = _tile_for(rows, w_gate_up)
     act = _gate_forward(torch.mm(rows, w_gate_up.t())) if tile is None else _gated_product(rows, w_gate_up, tile)
     return torch.mm(act, w_down.t()).view(x.shape)
 
