@@ -301,19 +301,38 @@ class MixerConfig:
     registers: int | None = None
 
 
-Entries = dict[int, MixerConfig]
+Entries = dict[tuple[int, str], MixerConfig]
 
-# {kernel: {bytes of an element: config}}, sized for an sm_86 block and its registers (docs/compile_table.md)
+# {kernel: {(bytes of an element, "short" or "long" sequences, of more than 96 positions): config}}, sized for an sm_86
+# block and its registers (docs/compile_table.md)
 MIXER_TABLE: dict[str, Entries] = {
-    "mixer_forward": {2: MixerConfig(64, 32, 4), 4: MixerConfig(16, 16, 8, 1)},
-    "mixer_backward_x": {2: MixerConfig(64, 16, 4), 4: MixerConfig(16, 16, 8, 1)},
-    "mixer_backward_w": {2: MixerConfig(32, 32, 4, programs=2), 4: MixerConfig(16, 16, 8, 1)},
+    "mixer_forward": {
+        (2, "short"): MixerConfig(64, 32, 4),
+        (2, "long"): MixerConfig(64, 32, 4),
+        (4, "short"): MixerConfig(16, 16, 8, 1),
+        (4, "long"): MixerConfig(16, 16, 8, 1),
+    },
+    "mixer_backward_x": {
+        (2, "short"): MixerConfig(64, 16, 4),
+        (2, "long"): MixerConfig(64, 32, 8),
+        (4, "short"): MixerConfig(16, 16, 8, 1),
+        (4, "long"): MixerConfig(16, 16, 8, 1),
+    },
+    "mixer_backward_w": {
+        (2, "short"): MixerConfig(32, 32, 4, programs=2),
+        (2, "long"): MixerConfig(32, 32, 4, programs=2),
+        (4, "short"): MixerConfig(16, 16, 8, 1),
+        (4, "long"): MixerConfig(16, 16, 8, 1),
+    },
 }
 # What replaces entries from sm_90 on, whose matrix units want 64 rows a warpgroup
 MIXER_HOPPER: dict[str, Entries] = {
-    "mixer_forward": {2: MixerConfig(128, 32, 8, registers=128)},
-    "mixer_backward_x": {2: MixerConfig(64, 32, 4)},
-    "mixer_backward_w": {2: MixerConfig(64, 32, 4, programs=2)},
+    "mixer_forward": {(2, "short"): MixerConfig(128, 32, 8, registers=128), (2, "long"): MixerConfig(128, 64, 8)},
+    "mixer_backward_x": {(2, "short"): MixerConfig(64, 32, 4), (2, "long"): MixerConfig(64, 32, 4)},
+    "mixer_backward_w": {
+        (2, "short"): MixerConfig(64, 32, 4, programs=2),
+        (2, "long"): MixerConfig(64, 32, 4, programs=2),
+    },
 }
 _overrides: dict[str, MixerConfig] = {}
 
@@ -347,14 +366,16 @@ def mixer_entries(kernel: str, capability: tuple[int, int]) -> Entries:
 @cache
 def parts(length: int) -> tuple[int, int]:
     """The powers of two, 16 or more, that the positions are split into; the second is 0 where one holds them all."""
-    first = next(size for size in (16, 32, 64) if size >= min(length, 64))
-    return first, next(size for size in (0, 16, 32, 64) if first + size >= length)
+    if 64 < length <= 96:
+        return 64, 16 if length <= 80 else 32
+    return next(size for size in (16, 32, 64, MAX_LENGTH) if size >= length), 0
 
 
 def padded_length(kernel: str, length: int) -> int:
     """Columns of the packed weights that this kernel takes."""
-    whole = next(size for size in (16, 32, 64, MAX_LENGTH) if size >= length)
-    return whole if kernel == "mixer_backward_w" else sum(parts(length))
+    if kernel == "mixer_backward_w":
+        return MAX_LENGTH if length > 64 else parts(length)[0]
+    return sum(parts(length))
 
 
 @cache
@@ -382,7 +403,8 @@ def mixer_options(
 
 def _configuration(kernel: str, x: Tensor) -> tuple[MixerConfig, dict[str, object]]:
     _, length, width = x.shape
-    config = _overrides.get(kernel) or mixer_entries(kernel, _capability(x.device))[x.dtype.itemsize]
+    table = mixer_entries(kernel, _capability(x.device))
+    config = _overrides.get(kernel) or table[x.dtype.itemsize, "long" if length > 96 else "short"]
     exact = torch.get_float32_matmul_precision() == "highest"  # unless the user turned tf32 on
     return config, mixer_options(kernel, config, length, width, x.dtype, exact)
 
