@@ -153,6 +153,8 @@ def _from_lines(lines: Iterable[str], task: str) -> Iterator[PuzzleSet]:
     """Each line by itself, as soon as it is there; empty ones are passed over."""
     if task == "arc":
         raise UsageError("path is null; it should be an .npz file, since ARC's grids are not read from lines")
+    if lines is sys.stdin and sys.stdin.isatty():
+        print(f"One {task} a line; Ctrl-D ends.", file=sys.stderr)
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue

@@ -8,7 +8,7 @@ import torch
 
 from hrm.puzzle import PuzzleConfig, PuzzleModel, puzzle_loss
 from hrm.puzzle.data import PuzzleSet, as_batch
-from hrm.puzzle.evaluate import Ballots, evaluate, noise_of, predict, thinking, view_of, vote
+from hrm.puzzle.evaluate import Ballots, evaluate, noise_of, predict, rows_of, thinking, view_of, vote
 from hrm.settings import UsageError
 
 BOARD = np.array([1, 2, 3, 4, 3, 4, 1, 2, 2, 1, 4, 3, 4, 3, 2, 1], np.uint8)
@@ -225,6 +225,19 @@ def test_puzzles_without_answers_are_refused() -> None:
     puzzles.labels[4] = 0
     with pytest.raises(UsageError, match="puzzle 5 has no answer"):
         evaluate(small_model(), puzzles)
+
+
+@pytest.mark.gpu
+def test_nothing_waits_for_the_device() -> None:
+    model, puzzles = small_model(dtype="auto").cuda(), boards()
+    evaluate(model, puzzles)  # kernels are compiled
+    batch = rows_of(model, puzzles).batch(torch.arange(10, device="cuda"))
+    with thinking(model) as thinker:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            assert len(list(thinker.think(batch))) == 3
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 # ------------------------------------------------------------------------------------------------ votes
