@@ -12,7 +12,15 @@ import torch
 logger = logging.getLogger("hrm_kernels")
 
 BACKENDS = ("auto", "triton", "reference")
-FUNCTIONS = ("l_recurrence", "h_update", "carry_update")
+FUNCTIONS = (
+    "l_recurrence",
+    "h_update",
+    "carry_update",
+    "residual_norm",
+    "swiglu_mlp",
+    "rope_attention",
+    "token_mixer",
+)
 HEAD_WISE = ("l_recurrence", "h_update")  # kernels that hold whole D x D matrices
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MIN_CAPABILITY = (8, 0)  # bfloat16 tensor cores and the 99 KB of shared memory that the tiles are sized for
