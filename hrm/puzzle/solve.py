@@ -86,6 +86,8 @@ def solve(settings: Any, lines: TextIO | None = None, console: Console | None = 
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     task, console = about["task"], console or Console()
     from_lines = settings.path in (None, STDIN)
+    if from_lines and lines is None and sys.stdin.isatty():
+        print(f"One {task} a line; Ctrl-D ends.", file=sys.stderr)
     chunks = _from_lines(lines or sys.stdin, task) if from_lines else _from_file(Path(settings.path), task)
     count, solved, started = 0, 0, time.perf_counter()
     with thinking(model, settings.segments, settings.halting) as thinker:
@@ -153,8 +155,6 @@ def _from_lines(lines: Iterable[str], task: str) -> Iterator[PuzzleSet]:
     """Each line by itself, as soon as it is there; empty ones are passed over."""
     if task == "arc":
         raise UsageError("path is null; it should be an .npz file, since ARC's grids are not read from lines")
-    if lines is sys.stdin and sys.stdin.isatty():
-        print(f"One {task} a line; Ctrl-D ends.", file=sys.stderr)
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
