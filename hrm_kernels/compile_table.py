@@ -78,7 +78,7 @@ _FUNCTIONS = {
 # shapes that the transformer block's kernels are compiled for: those of the puzzle models, and the widest row
 NORM_WIDTHS = (512, 4096)
 ATTENTION_LENGTHS = (64, 128)  # every shorter sequence is padded to one of these
-MIXER_LENGTHS, MIXER_WIDTH = (81, 97), 512
+MIXER_LENGTHS, MIXER_WIDTH = {"short": 81, "long": 97}, 512
 
 
 @dataclass(frozen=True)
@@ -159,8 +159,8 @@ def block_cases(architecture: int, head_sizes: Iterable[int], dtype: torch.dtype
                 yield options_case(f"attention_forward {length}", dtype, options, ROTATE=rotate, SAVE=save)
             options = attention_options("backward", length, size, major)
             yield options_case(f"attention_backward {length}", dtype, options, ROTATE=rotate)
-    for (kernel, (_, variants)), length in itertools.product(MIXER_KERNELS.items(), MIXER_LENGTHS):
-        config = mixer_entries(kernel, divmod(architecture, 10))[dtype.itemsize]
+    for (kernel, (_, variants)), (entry, length) in itertools.product(MIXER_KERNELS.items(), MIXER_LENGTHS.items()):
+        config = mixer_entries(kernel, divmod(architecture, 10))[dtype.itemsize, entry]
         options = mixer_options(kernel, config, length, MIXER_WIDTH, dtype)
         yield from (options_case(f"{kernel} {length}", dtype, options, **flags) for flags in variants)
 
