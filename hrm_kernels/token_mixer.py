@@ -60,7 +60,7 @@ def token_mixer_reference(
 
 # ---------------------------------------------------------------------------------------------------- Triton kernels
 
-# Blocks are powers of two, so L positions may come in two parts: 81 in PART1 = 64 and PART2 = 32, not in 128. PART2 is 0
+# Blocks are powers of two, so L positions may come in two parts, PART1 and PART2: 81 in 64 + 32, not in 128. PART2 is 0
 # where one part holds them all.
 
 
@@ -301,19 +301,38 @@ class MixerConfig:
     registers: int | None = None
 
 
-Entries = dict[int, MixerConfig]
+Entries = dict[tuple[int, str], MixerConfig]
 
-# {kernel: {bytes of an element: config}}, sized for an sm_86 block and its registers (docs/compile_table.md)
+# {kernel: {(bytes of an element, "short" or "long" sequences, of more than 96 positions): config}}, sized for an sm_86
+# block and its registers (docs/compile_table.md)
 MIXER_TABLE: dict[str, Entries] = {
-    "mixer_forward": {2: MixerConfig(64, 32, 4), 4: MixerConfig(16, 16, 8, 1)},
-    "mixer_backward_x": {2: MixerConfig(64, 16, 4), 4: MixerConfig(16, 16, 8, 1)},
-    "mixer_backward_w": {2: MixerConfig(32, 32, 4, programs=2), 4: MixerConfig(16, 16, 8, 1)},
+    "mixer_forward": {
+        (2, "short"): MixerConfig(64, 32, 4),
+        (2, "long"): MixerConfig(64, 32, 4),
+        (4, "short"): MixerConfig(16, 16, 8, 1),
+        (4, "long"): MixerConfig(16, 16, 8, 1),
+    },
+    "mixer_backward_x": {
+        (2, "short"): MixerConfig(64, 16, 4),
+        (2, "long"): MixerConfig(64, 32, 8),
+        (4, "short"): MixerConfig(16, 16, 8, 1),
+        (4, "long"): MixerConfig(16, 16, 8, 1),
+    },
+    "mixer_backward_w": {
+        (2, "short"): MixerConfig(32, 32, 4, programs=2),
+        (2, "long"): MixerConfig(32, 32, 4, programs=2),
+        (4, "short"): MixerConfig(16, 16, 8, 1),
+        (4, "long"): MixerConfig(16, 16, 8, 1),
+    },
 }
 # What replaces entries from sm_90 on, whose matrix units want 64 rows a warpgroup
 MIXER_HOPPER: dict[str, Entries] = {
-    "mixer_forward": {2: MixerConfig(128, 32, 8)},
-    "mixer_backward_x": {2: MixerConfig(64, 32, 4)},
-    "mixer_backward_w": {2: MixerConfig(64, 32, 4, programs=2)},
+    "mixer_forward": {(2, "short"): MixerConfig(128, 32, 8, registers=128), (2, "long"): MixerConfig(128, 64, 8)},
+    "mixer_backward_x": {(2, "short"): MixerConfig(64, 32, 4), (2, "long"): MixerConfig(64, 32, 4)},
+    "mixer_backward_w": {
+        (2, "short"): MixerConfig(64, 32, 4, programs=2),
+        (2, "long"): MixerConfig(64, 32, 4, programs=2),
+    },
 }
 _overrides: dict[str, MixerConfig] = {}
 
@@ -384,7 +403,8 @@ def mixer_options(
 
 def _configuration(kernel: str, x: Tensor) -> tuple[MixerConfig, dict[str, object]]:
     _, length, width = x.shape
-    config = _overrides.get(kernel) or mixer_entries(kernel, _capability(x.device))[x.dtype.itemsize]
+    table = mixer_entries(kernel, _capability(x.device))
+    config = _overrides.get(kernel) or table[x.dtype.itemsize, "long" if length > 96 else "short"]
     exact = torch.get_float32_matmul_precision() == "highest"  # unless the user turned tf32 on
     return config, mixer_options(kernel, config, length, width, x.dtype, exact)
 
