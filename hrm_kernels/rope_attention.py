@@ -175,7 +175,7 @@ def _attention_forward_kernel(
         total = total * shrink + tl.sum(weights, 1)
         out = tl.dot(weights.to(v.dtype), v, out * shrink[:, None], input_precision="ieee")
         top = new_top
-    out = out / total[:, None]
+    out = out * (1.0 / total)[:, None]
     token = sequence * length + rows
     tl.store(
         out_ptr + token[:, None] * (heads * D) + head * D + whole,
