@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from hrm.puzzle.command_data import DataSettings
 from hrm.puzzle.settings import PuzzleTrainingSettings, load_puzzle_settings
+from hrm.puzzle.solve import SolveSettings
 from hrm.settings import (
     GenerateSettings,
     InfoSettings,
@@ -83,6 +85,20 @@ def train_puzzles(settings: Any) -> None:
     train_puzzle(settings, Console())
 
 
+def data(settings: Any) -> None:
+    """Reads or makes puzzles."""
+    from hrm.puzzle.command_data import make_data
+
+    make_data(settings)
+
+
+def solve(settings: Any) -> None:
+    """Solves puzzles with a trained model."""
+    from hrm.puzzle.solve import solve as solve_puzzles
+
+    solve_puzzles(settings)
+
+
 def generate(settings: Any) -> None:
     """Answers one prompt, or each line of standard input."""
     from hrm.generate import answer_all
@@ -112,6 +128,8 @@ VERBS = {
     ),
     "train": Verb(train, "train on your own prompts and answers; with puzzle=sudoku: on puzzles", TrainingSettings),
     "generate": Verb(generate, "answer a prompt with a trained model", GenerateSettings),
+    "data": Verb(data, "read, check or make puzzles: Sudoku, mazes, ARC", DataSettings),
+    "solve": Verb(solve, "solve the puzzles of a file, or of standard input", SolveSettings),
     "info": Verb(info, "versions, device, kernels and folders", InfoSettings),
 }
 
@@ -146,6 +164,8 @@ def _dispatch(words: list[str]) -> int:
     verb = VERBS[name]
     if name == "train" and any(word.startswith(("puzzle=", "run.resume=")) for word in overrides):
         verb = PUZZLE_TRAINING
+    if name == "solve":  # hrm solve FILE
+        overrides = [word if "=" in word or word.startswith("--") else f"path={word}" for word in overrides]
     if any(word in ("-h", "--help") for word in overrides):
         print(_verb_help(name, verb))
         return 0

@@ -157,10 +157,10 @@ def evaluate(
                 agrees = (thought.q_halt > 0) == solved
                 tally += torch.stack(((right * ended).sum(), (segment + 1) * ended.sum(), (agrees & ended).sum()))
         count, cells = len(rows.inputs), int((rows.labels > 0).sum())
-        by_segment, (right_cells, used, agreed) = [int(n) / count for n in exact.tolist()], tally.tolist()
+        by_segment, (rightcells, used, agreed) = [int(n) / count for n in exact.tolist()], tally.tolist()
     return Evaluation(
         exact=by_segment[-1],
-        cells=right_cells / cells,
+        cells=rightcells / cells,
         by_segment=by_segment,
         segments_used=used / count,
         halt_accuracy=agreed / count,
@@ -236,8 +236,8 @@ def vote(
             right, solved = _compared(ballots.winners(), rows.labels)
             tally.append(torch.stack((solved.sum(), right.sum())))
         count, cells = len(rows.inputs), int((rows.labels > 0).sum())
-        exact, right_cells = torch.stack(tally, 1).tolist()
-    return Votes([n / count for n in exact], [n / cells for n in right_cells], count, time.perf_counter() - started)
+        exact, rightcells = torch.stack(tally, 1).tolist()
+    return Votes([n / count for n in exact], [n / cells for n in rightcells], count, time.perf_counter() - started)
 
 
 class View(NamedTuple):
@@ -257,7 +257,7 @@ def view_of(puzzles: PuzzleSet, count: int, seed: int, number: int, device: torc
     rng = np.random.default_rng([seed, number])
     symbols = np.tile(np.arange(puzzles.vocab_size), (count, 1))
     if puzzles.task == "sudoku":
-        cells = sudoku.SudokuAugmenter(puzzles.side[0])._cells(count, rng)
+        cells = sudoku.SudokuAugmenter(puzzles.side[0]).cells(count, rng)
         symbols[:, 2:] = rng.permuted(symbols[:, 2:], axis=1)  # padding and empty stay
     else:
         symmetries = maze.MazeAugmenter(puzzles.side).symmetries  # the first leaves the maze as it is

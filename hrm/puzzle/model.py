@@ -356,10 +356,11 @@ class PuzzleModel(nn.Module):
             return None, None
         if self._rotation is None or self._rotation[0].device != self.device:
             size = self.config.hidden_size // self.config.num_heads
-            halves = torch.arange(0, size, 2, dtype=torch.float32, device=self.device) / size
-            places = torch.arange(self.config.tokens, dtype=torch.float32, device=self.device)
-            angles = torch.outer(places, 1.0 / self.config.rope_theta**halves).repeat(1, 2)
-            self._rotation = angles.cos(), angles.sin()
+            with torch.inference_mode(False):  # training may use what an evaluation made
+                halves = torch.arange(0, size, 2, dtype=torch.float32, device=self.device) / size
+                places = torch.arange(self.config.tokens, dtype=torch.float32, device=self.device)
+                angles = torch.outer(places, 1.0 / self.config.rope_theta**halves).repeat(1, 2)
+                self._rotation = angles.cos(), angles.sin()
         return self._rotation
 
 

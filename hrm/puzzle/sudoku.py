@@ -41,7 +41,7 @@ class SudokuAugmenter:
     ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         """Every row of `inputs` and `labels` (B, side * side) seen through a symmetry of its own."""
         count, side = len(inputs), self._side
-        cells = self._cells(count, rng)
+        cells = self.cells(count, rng)
         renamed = np.empty((count, side + 2), np.uint8)
         renamed[:, :2] = 0, 1  # padding and empty stay
         renamed[:, 2:] = rng.random((count, side), np.float32).argsort(1) + 2
@@ -50,7 +50,7 @@ class SudokuAugmenter:
         places, names = cells + offset * (side * side), offset * (side + 2)
         return digits[inputs.reshape(-1)[places] + names], digits[labels.reshape(-1)[places] + names]
 
-    def _cells(self, count: int, rng: np.random.Generator) -> NDArray[np.int32]:
+    def cells(self, count: int, rng: np.random.Generator) -> NDArray[np.int32]:
         """Where each cell of the new board comes from, (count, side * side)."""
         height, width = self._box
         rows = _lines(count, self._side, height, rng)[:, :, None]
