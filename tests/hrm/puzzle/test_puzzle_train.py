@@ -1,0 +1,185 @@
+"""Training of puzzle models: resume, faults, schedules, and one run that learns."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from hrm.puzzle import settings as puzzle_settings
+from hrm.puzzle.engine import Engine
+from hrm.puzzle.saving import STATE, checkpoints, load_checkpoint, load_model
+from hrm.puzzle.settings import load_puzzle_settings
+from hrm.puzzle.train import learning_rate, stages, train_puzzle
+from hrm.settings import UsageError
+from hrm.train import TrainingError
+
+SMALL = [
+    "puzzle=sudoku-4x4",
+    "hrm.hidden_size=32",
+    "hrm.num_heads=2",
+    "hrm.expansion=1",
+    "data.size=40",
+    "data.held_out=8",
+    "train.batch_size=8",
+    "train.log_every=2",
+    "train.warmup_steps=2",
+    "eval.every=0",
+]
+
+
+def run(folder: Path, *overrides: str) -> Path:
+    settings = load_puzzle_settings([*SMALL, f"run.folder={folder}", *overrides])
+    return train_puzzle(settings, Console(quiet=True))
+
+
+def resume(folder: Path) -> Path:
+    return train_puzzle(load_puzzle_settings([f"run.resume={folder}"]), Console(quiet=True))
+
+
+def lines(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    timed = ("seconds", "examples_per_second", "memory_gb", "took")
+    read = [json.loads(line) for line in (folder / name).read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in timed} for line in read]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [(), ("model=hrm", "hrm.l_layers=1", "hrm.h_layers=1"), ("train.optimizer=muon",),
+     ("train.depth=[[0.5,1,1]]",)],
+)  # fmt: skip
+def test_a_resumed_run_goes_on_bit_for_bit(
+    overrides: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("train.steps=10", "train.save_every=4", *overrides)
+    whole = run(tmp_path / "whole", *options)
+    step = Engine.step
+
+    def killed(self: Engine, number: int, *rest: Any) -> None:
+        if number == 7:
+            raise MemoryError
+        step(self, number, *rest)
+
+    monkeypatch.setattr(Engine, "step", killed)
+    with pytest.raises(MemoryError):
+        run(tmp_path / "cut", *options)
+    monkeypatch.setattr(Engine, "step", step)
+    (cut,) = (tmp_path / "cut").iterdir()
+    assert [line["step"] for line in lines(cut)] == [2, 4, 6]
+    resume(cut)
+    assert lines(cut) == lines(whole)
+    assert lines(cut, "evaluations.jsonl") == lines(whole, "evaluations.jsonl")
+    (expected, _), (found, _) = load_checkpoint(checkpoints(whole)[-1]), load_checkpoint(checkpoints(cut)[-1])
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_kill_at_any_moment(tmp_path: Path) -> None:
+    """The newest checkpoint loads and the run ends as if nothing had happened."""
+    options = ("train.steps=14", "train.save_every=1", "data.held_out=1")
+    whole = run(tmp_path / "whole", *options)
+    command = [sys.executable, "-m", "hrm", "train", *SMALL, *options, f"run.folder={tmp_path / 'cut'}"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "cut").glob("*/checkpoints/step-*3")) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    (cut,) = (tmp_path / "cut").iterdir()
+    resume(cut)
+    assert lines(cut) == lines(whole)
+    assert not list((cut / "checkpoints").glob(".writing-*"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"at step \d+, with learning rate 1e\+30; last good checkpoint: none"):
+        run(
+            tmp_path,
+            "train.steps=20",
+            "train.lr=1e30",
+            "train.lr_min_ratio=1",
+            "train.warmup_steps=0",
+            "train.save_every=50",
+        )
+
+
+def test_the_last_good_checkpoint_is_named(tmp_path: Path) -> None:
+    folder = run(tmp_path, "train.steps=4", "train.save_every=4", "train.log_every=4")
+    config = folder / "config.yaml"
+    config.write_text(config.read_text().replace("steps: 4", "steps: 8", 1).replace("lr: 0.001", "lr: 1.0e+30", 1))
+    with pytest.raises(TrainingError, match=r"last good checkpoint: .*step-00000004"):
+        resume(folder)
+
+
+def test_a_truncated_state_is_refused_by_name(tmp_path: Path) -> None:
+    folder = run(tmp_path, "train.steps=2", "train.save_every=2")
+    path = checkpoints(folder)[-1] / STATE
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UsageError, match=r"state\.safetensors cannot be read"):
+        resume(folder)
+
+
+def test_the_saved_model_is_the_averaged_one(tmp_path: Path) -> None:
+    folder = run(tmp_path, "train.steps=3", "train.save_every=3", "train.ema=0.5")
+    state, _ = load_checkpoint(checkpoints(folder)[-1])
+    model, about = load_model(folder)
+    assert torch.equal(model.head, state["averaged.head"])
+    assert not torch.equal(model.head, state["model.head"])
+    assert about == {"task": "sudoku", "side": [4, 4], "vocab_size": 6}
+
+
+def test_learning_rate() -> None:
+    settings = load_puzzle_settings(
+        [*SMALL, "train.steps=100", "train.warmup_steps=10", "train.lr_min_ratio=0.1"]
+    ).train
+    rates = [learning_rate(step, settings) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == pytest.approx(1.0) == rates[10]
+    assert rates[10:] == sorted(rates[10:], reverse=True) and 0.1 < rates[-1] < 0.102
+
+
+def test_stages_of_the_depth_curriculum() -> None:
+    found = [(s.first, s.h_cycles, s.l_steps) for s in stages([[0.25, 1, 2], [0.5, 2, 3]], 100, 3, 6)]
+    assert found == [(0, 1, 2), (25, 2, 3), (50, 3, 6)]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("puzzle=sudoko", "the nearest is 'sudoku'"),
+        ("model=gpt", "should be one of hrm, trm, trm-mlp"),
+        ("train.depth=[[2,1,1]]", "train.depth"),
+        ("train.optimizer=sgd", "adamw or muon"),
+        ("hrm.hidden_size=33", "hrm.num_heads is 2"),
+        ("data.path=missing.csv", "missing.csv is no file"),
+        ("train.stps=3", "the nearest is 'train.steps'"),
+    ],
+)
+def test_what_cannot_be_used_is_refused(override: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=message):
+        run(tmp_path, override)
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_preset_makes_a_model() -> None:
+    for preset in puzzle_settings.PRESETS.glob("*.yaml"):
+        name = next(n for n in sorted(puzzle_settings.DEFAULT_MODEL, reverse=True) if preset.stem.startswith(n))
+        model = preset.stem.removeprefix(f"{name}-")
+        settings = load_puzzle_settings([f"puzzle={name}", f"model={model}", "data.path=some.npz"])
+        config = puzzle_settings.model_config(settings, vocab_size=11, seq_len=81, num_puzzle_ids=1)
+        assert config.grad_l_steps in (1, config.l_steps)
+
+
+def test_the_preset_learns_4x4_sudoku(tmp_path: Path) -> None:
+    """The main job on a CPU, end to end: over 90 % of puzzles that it never saw."""
+    settings = load_puzzle_settings(["puzzle=sudoku-4x4", f"run.folder={tmp_path}", "eval.every=0"])
+    folder = train_puzzle(settings, Console(quiet=True))
+    (result,) = lines(folder, "evaluations.jsonl")
+    assert result["count"] == 200 and result["exact"] > 0.9
