@@ -5,11 +5,10 @@ from functools import partial
 import pytest
 import torch
 from measurement import DEVICE, DTYPE, ON_GPU, VARIANTS, Case, count
-from parity import REFERENCES, assert_parity
+from parity import assert_parity
 
-from hrm_kernels import swiglu_mlp, swiglu_mlp_reference
+from hrm_kernels import swiglu_mlp
 
-REFERENCES[swiglu_mlp] = swiglu_mlp_reference
 WIDTH, INNER = (512, 1536) if ON_GPU else (64, 192)
 SHAPES = ((768, 81), (768, 97), (64, 900)) if ON_GPU else ((4, 81),)  # sequences and their tokens
 MODES = ("forward", "forward+backward", "forward+backward, recompute")

@@ -142,15 +142,21 @@ def _(grad, out, scale):
     return out.new_empty(out.shape)
 
 
+def _setup_context(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)  # else autograd fills a gradient of zeros for the scale at every backward
+    ctx.save_for_backward(*output)
+
+
 def _gradients(launch, ctx, grad):
     """One tensor is the gradient of both inputs; `launch` is `_launch_backward` or the operation made of it."""
+    if grad is None:
+        return (None,) * 4
     grad_v = launch(grad, *ctx.saved_tensors)
     return *(grad_v if need else None for need in ctx.needs_input_grad[:2]), None, None
 
 
 _norm_forward.register_autograd(
-    lambda ctx, grad, _: _gradients(_norm_backward, ctx, grad),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*output),
+    lambda ctx, grad, _: _gradients(_norm_backward, ctx, grad), setup_context=_setup_context
 )
 
 
@@ -158,11 +164,7 @@ class _ResidualNorm(torch.autograd.Function):
     """What eager calls use: an operation of torch.library, which torch.compile needs, costs them 0.1 ms a call."""
 
     forward = staticmethod(_launch_forward)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(*output)
+    setup_context = staticmethod(_setup_context)
 
     @staticmethod
     @once_differentiable

@@ -239,11 +239,14 @@ def _(grad, x, w_gate_up, w_down, gate_up):
 
 
 def _setup_context(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)  # else autograd fills a gradient of zeros for gate and up at every backward
     ctx.save_for_backward(*inputs[:3], output[1])
 
 
 def _gradients(launch, ctx, grad):
     """Gradients of the arguments of `_launch_forward`; `launch` is `_launch_backward` or the operation made of it."""
+    if grad is None:
+        return (None,) * 4
     gradients = launch(grad, *ctx.saved_tensors)
     return *(g if need else None for g, need in zip(gradients, ctx.needs_input_grad[:3], strict=True)), None
 
@@ -255,11 +258,7 @@ class _SwigluMlp(torch.autograd.Function):
     """What eager calls use: an operation of torch.library, which torch.compile needs, costs them 0.1 ms a call."""
 
     forward = staticmethod(_launch_forward)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.mark_non_differentiable(output[1])
-        _setup_context(ctx, inputs, output)
+    setup_context = staticmethod(_setup_context)
 
     @staticmethod
     @once_differentiable

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hrm_kernels import (
     carry_update,
@@ -19,12 +20,24 @@ from hrm_kernels import (
     h_update_reference,
     l_recurrence,
     l_recurrence_reference,
+    residual_norm,
+    residual_norm_reference,
+    rope_attention,
+    rope_attention_reference,
+    swiglu_mlp,
+    swiglu_mlp_reference,
+    token_mixer,
+    token_mixer_reference,
 )
 
 REFERENCES: dict[Callable, Callable] = {
     l_recurrence: l_recurrence_reference,
     h_update: h_update_reference,
     carry_update: carry_update_reference,
+    residual_norm: residual_norm_reference,
+    swiglu_mlp: swiglu_mlp_reference,
+    rope_attention: rope_attention_reference,
+    token_mixer: token_mixer_reference,
 }
 
 ALLOWANCE = 1.25  # times the eager path's own error
@@ -85,7 +98,7 @@ def assert_parity(
     """Holds the Triton path of a differentiable `op` to the criterion, for the output and the gradients of `wrt`.
 
     Args:
-        op: `l_recurrence` or `h_update`.
+        op: a key of `REFERENCES`.
         tensors: its tensor arguments in order, by name; all on one device and of one dtype.
         wrt: names of the tensors that require gradient; None takes all of them.
         cotangent: gradient of the output; None draws one.
@@ -213,3 +226,19 @@ def bytes_saved_for_backward(function: Callable[[], Tensor]) -> int:
         out = function()
     assert out.requires_grad, "nothing is saved where nothing requires gradient"
     return sum(storages.values())
+
+
+def assert_backward_fills_no_zeros(out: Tensor, leaves: list[Tensor]) -> None:
+    """The backward of `out` makes no tensor of zeros, as autograd does for outputs that nothing reads."""
+
+    names: set[str] = set()
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names.add(function.name())
+            return function(*args, **(kwargs or {}))
+
+    with Calls():
+        torch.autograd.grad(out, leaves, torch.ones_like(out))
+    assert names, "nothing was recorded"
+    assert not {name for name in names if "zero" in name}

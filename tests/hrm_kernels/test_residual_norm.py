@@ -7,8 +7,8 @@ import torch
 from parity import (
     DTYPES,
     LAYOUTS,
-    REFERENCES,
     assert_as_exact_as_eager,
+    assert_backward_fills_no_zeros,
     assert_compiles_into_one_graph,
     assert_cuda_graph_replays,
     assert_parity,
@@ -19,7 +19,6 @@ from hrm_kernels import BackendError, residual_norm, residual_norm_reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
-REFERENCES[residual_norm] = residual_norm_reference
 NAMES = ("x", "update")
 
 
@@ -114,6 +113,11 @@ def test_no_graph_under_no_grad(device):
     leaves = [t.requires_grad_() for t in norm_tensors(3, device=device).values()]
     with torch.no_grad():
         assert not residual_norm(*leaves, backend="triton").requires_grad
+
+
+def test_backward_fills_no_gradient_of_what_it_keeps(device):
+    leaves = [t.requires_grad_() for t in norm_tensors(5, device=device).values()]
+    assert_backward_fills_no_zeros(residual_norm(*leaves, backend="triton"), leaves)
 
 
 def test_a_second_derivative_is_an_error_and_not_a_wrong_number(device):

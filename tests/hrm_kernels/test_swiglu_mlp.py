@@ -10,7 +10,7 @@ import torch
 from parity import (
     DTYPES,
     LAYOUTS,
-    REFERENCES,
+    assert_backward_fills_no_zeros,
     assert_compiles_into_one_graph,
     assert_cuda_graph_replays,
     assert_parity,
@@ -22,7 +22,6 @@ from hrm_kernels import swiglu_mlp, swiglu_mlp_reference
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 module = sys.modules["hrm_kernels.swiglu_mlp"]  # the package's attribute of that name is the function
-REFERENCES[swiglu_mlp] = swiglu_mlp_reference
 NAMES = ("x", "w_gate_up", "w_down")
 
 
@@ -150,6 +149,11 @@ def test_backward_through_a_retained_graph_twice_gives_the_same(device):
     first = torch.autograd.grad(out, leaves, retain_graph=True)
     for a, b in zip(first, torch.autograd.grad(out, leaves), strict=True):
         assert torch.equal(a, b)
+
+
+def test_backward_fills_no_gradient_of_what_it_keeps(device):
+    leaves = [t.requires_grad_() for t in mlp_tensors(5, device=device).values()]
+    assert_backward_fills_no_zeros(swiglu_mlp(*leaves, backend="triton"), leaves)
 
 
 def test_a_second_derivative_is_an_error_and_not_a_wrong_number(device):
