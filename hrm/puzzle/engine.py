@@ -36,17 +36,21 @@ class Engine:
         clip: largest norm of the gradient; 0: not clipped.
         ema: share that the averaged weights keep at each step; 0: none are kept.
         seed: of the exploration.
+        stagger: let the first puzzles end after 1 to max_segments segments, so that from then on every step sees
+            puzzles in all segments and replaces a few of them. False, as published: all rows start together, so that
+            for max_segments steps on end the model is fitted to the same puzzles.
         graph: capture CUDA graphs; False where a debugger has to see each kernel.
     """
 
     def __init__(
         self, model: PuzzleModel, *, optimizer: str = "adamw", weight_decay: float = 1.0, clip: float = 0.0,
-        ema: float = 0.999, embedding_weight_decay: float = 1.0, seed: int = 0, graph: bool = True,
+        ema: float = 0.999, embedding_weight_decay: float = 1.0, seed: int = 0, stagger: bool = True,
+        graph: bool = True,
     ) -> None:  # fmt: skip
         if optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer is {optimizer!r}; it should be one of {', '.join(map(repr, OPTIMIZERS))}")
         self.model, self.clip, self.seed, self.ema_decay = model, clip, seed, ema
-        self.embedding_weight_decay = embedding_weight_decay
+        self.embedding_weight_decay, self.stagger = embedding_weight_decay, stagger
         self.parameters: list[nn.Parameter] = list(model.parameters())
         self.optimizers = _optimizers(model, optimizer, weight_decay)
         self.averaged = [p.detach().clone() for p in self.parameters] if ema else []
@@ -90,7 +94,15 @@ class Engine:
                 self._batch[name] = torch.empty_like(tensor, device=device)
             self._batch[name].copy_(tensor, non_blocking=True)
         if self.carry is None:
-            self.carry = self.model.initial_carry(self._batch)
+            self.carry = self._first_carry()
+
+    def _first_carry(self) -> PuzzleCarry:
+        carry = self.model.initial_carry(self._batch)
+        if self.stagger:
+            most = self.model.config.max_segments
+            ages = np.random.default_rng([self.seed, 3]).integers(0, most, carry.state.steps.shape[0])
+            carry.state.steps.copy_(torch.from_numpy(ages))
+        return carry
 
     def _gradients(self) -> None:
         config = self.model.config

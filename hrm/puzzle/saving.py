@@ -26,7 +26,7 @@ _CHECKPOINT = re.compile(r"step-(\d+)")
 
 
 def save_model(model: PuzzleModel, folder: Path, about: Mapping[str, Any]) -> None:
-    """Writes `folder`: config.json with `about` (such as task and side) beside the model's settings, and the weights."""
+    """Writes `folder`: config.json, with `about` (task, side, ...) beside the model's settings, and the weights."""
 
     def fill(place: Path) -> None:
         _write_json(place / CONFIG, {**about, "model": model.config.to_dict()})

@@ -59,6 +59,9 @@ class PuzzleTrainSection:
     """Largest norm of the gradient; 0: not clipped, as published."""
     ema: float = 0.999
     """Share that the averaged weights, which are evaluated and kept, retain at each step; 0: none."""
+    stagger: bool = True
+    """Let the first puzzles end after different numbers of segments, so that no step sees all in the same one;
+    false, as published: all start together."""
     depth: list[Any] = field(default_factory=list)
     """Depth curriculum: [share of the steps, h_cycles, l_steps] of each stage before the full depth."""
     save_every: int = 2000

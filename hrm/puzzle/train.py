@@ -96,6 +96,7 @@ class PuzzleRun:
         self.engine = Engine(
             model, optimizer=train.optimizer, weight_decay=train.weight_decay, clip=train.clip, ema=train.ema,
             embedding_weight_decay=train.embedding_weight_decay, seed=train.seed,
+            stagger=train.stagger,
         )  # fmt: skip
         self.stream = BatchStream(training, train.batch_size, train.seed, settings.data.augment)
         self.stages = stages(train.depth, train.steps, config.h_cycles, config.l_steps)
