@@ -51,7 +51,7 @@ class Engine:
             raise ValueError(f"optimizer is {optimizer!r}; it should be one of {', '.join(map(repr, OPTIMIZERS))}")
         self.model, self.clip, self.seed, self.ema_decay = model, clip, seed, ema
         self.embedding_weight_decay, self.stagger = embedding_weight_decay, stagger
-        self.parameters: list[nn.Parameter] = list(model.parameters())
+        self.parameters: list[Tensor] = list(model.parameters())
         self.optimizers = _optimizers(model, optimizer, weight_decay)
         self.averaged = [p.detach().clone() for p in self.parameters] if ema else []
         self.carry: PuzzleCarry | None = None

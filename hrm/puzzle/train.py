@@ -51,8 +51,8 @@ def load_data(settings: Any) -> tuple[PuzzleSet, PuzzleSet | None]:
         raise UsageError(f"data.path is null; puzzle={settings.puzzle} needs a file, such as `hrm data` makes")
     from hrm.puzzle.sudoku import generate
 
-    training, test = generate(4, data.size, data.held_out, settings.train.seed)
-    return training.puzzles, test.puzzles
+    made, held_out = generate(4, data.size, data.held_out, settings.train.seed)
+    return made.puzzles, held_out.puzzles
 
 
 @dataclass
