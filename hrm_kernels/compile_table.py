@@ -44,6 +44,7 @@ from hrm_kernels.swiglu_mlp import (
     _gate_backward_kernel,
     _gate_forward_kernel,
     _gated_product_kernel,
+    _gated_product_tma_kernel,
     gate_options,
     product_options,
 )
@@ -69,11 +70,18 @@ _FUNCTIONS = {
     "norm_forward": _norm_forward_kernel,
     "norm_backward": _norm_backward_kernel,
     "gated_product": _gated_product_kernel,
+    "gated_product_tma": _gated_product_tma_kernel,
     "gate_forward": _gate_forward_kernel,
     "gate_backward": _gate_backward_kernel,
     "attention_forward": _attention_forward_kernel,
     "attention_backward": _attention_backward_kernel,
     "rotate": _rotate_kernel,
+}
+# the blocks that tensor descriptors read and write
+_BLOCKS = {
+    "x_desc": ("BLOCK_N", "BLOCK_K"),
+    "w_desc": ("BLOCK_I", "BLOCK_K"),
+    "out_desc": ("BLOCK_N", "BLOCK_I"),
 }
 # shapes that the transformer block's kernels are compiled for: those of the puzzle models, and the widest row
 NORM_WIDTHS = (512, 4096)
@@ -147,7 +155,7 @@ def block_cases(architecture: int, head_sizes: Iterable[int], dtype: torch.dtype
         yield options_case(f"norm_backward {width}", dtype, options)
     tile = TILES.get(major)
     if tile is not None and dtype.itemsize == 2:
-        yield options_case("gated_product", dtype, product_options(tile, dtype))
+        yield options_case("gated_product_tma" if tile.tma else "gated_product", dtype, product_options(tile, dtype))
     yield options_case("gate_forward", dtype, gate_options(dtype))
     yield options_case("gate_backward", dtype, gate_options(dtype))
     for size in head_sizes:
@@ -194,6 +202,9 @@ def compile_case(case: Case, architecture: int) -> Report:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
             signature[name] = "*" + _pointee(name, case.dtype)
+        elif name.endswith("_desc"):
+            rows, columns = (constants[size] for size in _BLOCKS[name])
+            signature[name] = f"tensordesc<{NAMES[case.dtype]}[{rows}, {columns}]>"
         else:
             signature[name] = "fp32" if name == "eps" else "i32"
         if name.endswith(("_ptr", "_stride")) or name in ("size", "width", "chunk", "inner", "padded_inner"):

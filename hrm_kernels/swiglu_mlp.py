@@ -6,8 +6,9 @@ Equation (rows are tokens; W_gate and W_up are the halves of `w_gate_up`):
     y = (silu(gate) * up) W_down^T
 
 Products are cuBLAS's, except without graph: there one kernel computes both halves of the first product and writes only
-silu(gate) * up, half of what the product itself would write and the next pass would read. With graph, gate and up are
-kept, and one elementwise pass each way stands between the products.
+silu(gate) * up, half of what the product itself would write and the next pass would read. On Hopper it takes the tensor
+memory accelerator to gain by that; loads through pointers are as slow as cuBLAS and the pass. With graph, gate and up
+are kept, and one elementwise pass each way stands between the products.
 """
 
 from __future__ import annotations
@@ -22,7 +23,23 @@ from torch.autograd.function import once_differentiable
 
 from hrm_kernels._backend import choose
 from hrm_kernels._checks import autocast, check_shape, check_tensors, fail, shape
-from hrm_kernels._triton import _capability, _math, ceil_div, device_of, jit, rows_of, sigmoid, tl
+from hrm_kernels._triton import (
+    _capability,
+    _math,
+    ceil_div,
+    device_of,
+    halve_for_silu,
+    jit,
+    multiprocessors,
+    rows_of,
+    sigmoid,
+    silu_times,
+    tl,
+    triton,
+)
+
+if triton is not None:
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
 # ---------------------------------------------------------------------------------------------------- reference
 
@@ -42,17 +59,19 @@ def swiglu_mlp_reference(
 
 @dataclass(frozen=True)
 class Tile:
-    """How the gated product is launched: rows, columns of each half, depth of a step, warps, pipeline stages."""
+    """How the gated product is launched: rows, columns of each half, depth of a step, warps, pipeline stages; with
+    `tma`, by one program a multiprocessor that reads and writes through the tensor memory accelerator."""
 
     rows: int
     columns: int
     depth: int
     warps: int
     stages: int
+    tma: bool = False
 
 
 # {major compute capability: tile of the gated product}, 16-bit types; None: cuBLAS and an elementwise pass instead
-TILES: dict[int, Tile | None] = {8: Tile(128, 64, 32, 4, 3), 9: Tile(128, 128, 64, 8, 4)}
+TILES: dict[int, Tile | None] = {8: Tile(128, 64, 32, 4, 3), 9: Tile(128, 128, 64, 8, 3, tma=True)}
 GROUP = 8  # tiles of rows that walk over the columns together, so that what they read stays in L2
 BLOCK, BLOCK_WARPS = 512, 1  # columns of an elementwise program: 16-byte loads, two of each tensor in flight a thread
 
@@ -109,6 +128,32 @@ def _gated_product_kernel(
     tl.store(out, act.to(out_ptr.dtype.element_ty), mask=(rows < n)[:, None] & (columns < inner)[None, :])
 
 
+@jit(do_not_specialize=["n"])
+def _gated_product_tma_kernel(
+    x_desc, w_desc, out_desc,
+    n, inner, width,
+    GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_K: tl.constexpr, MATH: tl.constexpr,
+):  # fmt: skip
+    """The same through tensor descriptors: what lies past an end is read as zeros and not written. (Past the end of
+    the gate, rows of `up` are read; those columns are not written.)"""
+    across = tl.cdiv(inner, BLOCK_I)
+    down = tl.cdiv(n, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), across * down, tl.num_programs(0)):
+        first = tile // (GROUP * across) * GROUP
+        rows_here = tl.minimum(down - first, GROUP)
+        within = tile % (GROUP * across)
+        row = (first + within % rows_here) * BLOCK_N
+        column = (within // rows_here) * BLOCK_I
+        gate = tl.zeros((BLOCK_N, BLOCK_I), tl.float32)
+        up = tl.zeros((BLOCK_N, BLOCK_I), tl.float32)
+        for k in range(0, width, BLOCK_K):
+            x = x_desc.load([row, k])
+            gate = tl.dot(x, w_desc.load([column, k]).T, gate)
+            up = tl.dot(x, w_desc.load([inner + column, k]).T, up)
+        act = silu_times(halve_for_silu(gate, MATH), up, MATH)
+        out_desc.store([row, column], act.to(out_desc.dtype))
+
+
 @jit
 def _gate_forward_kernel(gate_up_ptr, act_ptr, inner, BLOCK: tl.constexpr, MATH: tl.constexpr):
     """act = silu(gate) * up, rows contiguous."""
@@ -147,10 +192,18 @@ def _gate_backward_kernel(gate_up_ptr, act_ptr, grad_gate_up_ptr, inner, BLOCK: 
 def _gated_product(rows: Tensor, w_gate_up: Tensor, tile: Tile) -> Tensor:
     (n, width), inner = rows.shape, w_gate_up.shape[0] // 2
     act = torch.empty((n, inner), dtype=rows.dtype, device=rows.device)
+    w_gate_up, options = w_gate_up.contiguous(), product_options(tile, rows.dtype)
+    tiles = ceil_div(n, tile.rows) * ceil_div(inner, tile.columns)
     with device_of(rows):
-        _gated_product_kernel[(ceil_div(n, tile.rows) * ceil_div(inner, tile.columns),)](
-            rows, w_gate_up.contiguous(), act, n, inner, width, rows.stride(0), **product_options(tile, rows.dtype)
-        )
+        if tile.tma:
+            _gated_product_tma_kernel[(min(tiles, multiprocessors(rows.device)),)](
+                TensorDescriptor.from_tensor(rows, [tile.rows, tile.depth]),
+                TensorDescriptor.from_tensor(w_gate_up, [tile.columns, tile.depth]),
+                TensorDescriptor.from_tensor(act, [tile.rows, tile.columns]),
+                n, inner, width, **options,
+            )  # fmt: skip
+        else:
+            _gated_product_kernel[(tiles,)](rows, w_gate_up, act, n, inner, width, rows.stride(0), **options)
     return act
 
 
@@ -175,12 +228,19 @@ def _gate_backward(gate_up: Tensor, grad_act: Tensor) -> Tensor:
 
 def _tile_for(rows: Tensor, w_gate_up: Tensor) -> Tile | None:
     """The tile of the gated product; None where cuBLAS and an elementwise pass do it: in float32, whose products keep
-    the user's tf32 setting, where the depth of a step does not divide the width, and for weights that 32 bits cannot
-    address."""
+    the user's tf32 setting, where the depth of a step does not divide the width, for weights that 32 bits cannot
+    address, and for rows that the tensor memory accelerator cannot."""
     tile = TILES.get(_capability(rows.device)[0]) if rows.dtype.itemsize == 2 else None
     if tile is None or rows.shape[1] % tile.depth or w_gate_up.numel() >= 2**31:
         return None
-    return tile
+    return tile if not tile.tma or _tma_fits(rows, w_gate_up) else None
+
+
+def _tma_fits(rows: Tensor, w_gate_up: Tensor) -> bool:
+    """Whether rows, weight rows and rows of the result start at multiples of 16 bytes, one behind the other."""
+    aligned = rows.data_ptr() % 16 == 0 and w_gate_up.data_ptr() % 16 == 0
+    strides = (rows.stride(0), rows.shape[1], w_gate_up.shape[0] // 2)
+    return aligned and rows.stride(0) >= rows.shape[1] and all(stride % 8 == 0 for stride in strides)
 
 
 def _launch_inference(x: Tensor, w_gate_up: Tensor, w_down: Tensor) -> Tensor:

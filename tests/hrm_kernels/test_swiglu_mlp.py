@@ -3,6 +3,7 @@
 import itertools
 import re
 import sys
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -39,12 +40,20 @@ def mlp_tensors(
     return {name: t.to(dtype) for name, t in tensors.items()}
 
 
-@pytest.fixture(params=["fused", "cublas"])
+def fused_tile(tma: bool, device: torch.device):
+    """A tile for the fused product; one that the interpreter is done with soon."""
+    if device.type == "cpu":
+        return module.Tile(32, 16, 16, 4, 2, tma=tma)
+    if tma and module._capability(device)[0] != 9:
+        pytest.skip("this GPU has no tensor memory accelerator that the kernel is sized for")
+    return module.TILES[9 if tma else 8]
+
+
+@pytest.fixture(params=["pointers", "tma", "cublas"])
 def product(request, monkeypatch, device):
-    """Either way to the first product without graph; fused with tiles that the interpreter is done with soon."""
-    major = torch.cuda.get_device_capability()[0] if device.type == "cuda" else 0
-    tile = module.TILES[min(major, 9)] if major else module.Tile(32, 16, 16, 4, 2)
-    monkeypatch.setitem(module.TILES, major, tile if request.param == "fused" else None)
+    """Each way to the first product without graph."""
+    tile = None if request.param == "cublas" else fused_tile(request.param == "tma", device)
+    monkeypatch.setitem(module.TILES, module._capability(device)[0], tile)
 
 
 # ---------------------------------------------------------------------------------------------------- reference
@@ -79,13 +88,44 @@ def test_parity_without_graph(tokens, width, inner, dtype, product, device):
     assert_parity(swiglu_mlp, mlp_tensors(tokens, width=width, inner=inner, dtype=dtype, device=device), wrt=())
 
 
-def test_the_fused_product_takes_every_tile_of_a_group_once(monkeypatch, device):
+@pytest.mark.parametrize("tma", [False, True], ids=["pointers", "tma"])
+def test_the_fused_product_takes_every_tile_of_a_group_once(tma, monkeypatch, device):
     monkeypatch.setattr(module, "GROUP", 3)
-    tensors = mlp_tensors(16 * 8 - 5, width=16, inner=70, dtype=torch.float16, device=device)
+    tile = replace(fused_tile(tma, device), rows=16, columns=32)
+    tensors = mlp_tensors(16 * 8 - 5, width=64, inner=72, dtype=torch.float16, device=device)
     x, w_gate_up, _ = tensors.values()
-    act = module._gated_product(x, w_gate_up, module.Tile(16, 32, 16, 4, 2))
+    act = module._gated_product(x, w_gate_up, tile)
     gate, up = (x.float() @ w_gate_up.float().t()).chunk(2, -1)
     torch.testing.assert_close(act.float(), torch.nn.functional.silu(gate) * up, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("rows", "inner", "fits"),
+    [
+        (lambda x: x, 24, True),
+        (lambda x: x, 20, False),
+        (lambda x: torch.cat((x, x[:, :8]), 1)[:, :64], 24, True),
+        (lambda x: torch.cat((x, x[:, :8]), 1)[:, 8:], 24, True),
+        (lambda x: torch.cat((x, x[:, :8]), 1)[:, 4:68], 24, False),
+        (lambda x: torch.cat((x, x[:, :4]), 1)[:, :64], 24, False),
+        (lambda x: x[:1].expand(5, 64), 24, False),
+    ],
+    ids=["contiguous", "inner", "wider", "offset of 16 bytes", "offset of 8 bytes", "stride", "expanded"],
+)
+def test_rows_that_the_tensor_memory_accelerator_cannot_read_take_another_way(rows, inner, fits, monkeypatch, device):
+    tile = fused_tile(True, device)
+    monkeypatch.setitem(module.TILES, module._capability(device)[0], tile)
+    tensors = mlp_tensors(5, width=64, inner=inner, dtype=torch.float16, device=device)
+    tensors["x"] = rows(tensors["x"])
+    assert module._tile_for(tensors["x"], tensors["w_gate_up"]) is (tile if fits else None)
+    assert_parity(swiglu_mlp, tensors, wrt=())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("tokens", "inner"), [(1, 8), (127, 1536), (128 * 133 + 1, 136), (300, 1544)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_parity_without_graph_of_sizes_that_tiles_do_not_divide(dtype, tokens, inner, product, device):
+    assert_parity(swiglu_mlp, mlp_tensors(tokens, width=512, inner=inner, dtype=dtype, device=device), wrt=())
 
 
 @pytest.mark.gpu
