@@ -3,9 +3,8 @@
 from functools import partial
 
 import pytest
-import torch
 from measurement import DEVICE, DTYPE, ON_GPU, VARIANTS, Case, count
-from parity import assert_parity
+from parity import assert_parity, mlp_tensors
 
 from hrm_kernels import swiglu_mlp
 
@@ -18,11 +17,7 @@ MODES = ("forward", "forward+backward", "forward+backward, recompute")
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
 @pytest.mark.parametrize("mode", MODES)
 def test_swiglu_mlp(mode, shape, variant, measure):
-    tensors = {
-        "x": torch.randn(*shape, WIDTH, device=DEVICE).to(DTYPE),
-        "w_gate_up": (torch.randn(2 * INNER, WIDTH, device=DEVICE) * WIDTH**-0.5).to(DTYPE),
-        "w_down": (torch.randn(WIDTH, INNER, device=DEVICE) * INNER**-0.5).to(DTYPE),
-    }
+    tensors = mlp_tensors(*shape, width=WIDTH, inner=INNER, dtype=DTYPE, device=DEVICE)
     wrt = [] if mode == "forward" else [t.requires_grad_() for t in tensors.values()]
     recompute = "recompute" in mode
     tokens = shape[0] * shape[1]

@@ -12,7 +12,7 @@ from hrm_kernels.h_update import h_update, h_update_reference
 from hrm_kernels.l_recurrence import l_recurrence, l_recurrence_reference
 from hrm_kernels.residual_norm import residual_norm, residual_norm_reference
 from hrm_kernels.rope_attention import rope_attention, rope_attention_reference
-from hrm_kernels.swiglu_mlp import swiglu_mlp, swiglu_mlp_reference
+from hrm_kernels.swiglu_mlp import swiglu_block, swiglu_block_reference, swiglu_mlp, swiglu_mlp_reference
 from hrm_kernels.token_mixer import token_mixer, token_mixer_reference
 
 __all__ = [
@@ -29,6 +29,8 @@ __all__ = [
     "residual_norm_reference",
     "rope_attention",
     "rope_attention_reference",
+    "swiglu_block",
+    "swiglu_block_reference",
     "swiglu_mlp",
     "swiglu_mlp_reference",
     "token_mixer",

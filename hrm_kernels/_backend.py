@@ -18,6 +18,7 @@ FUNCTIONS = (
     "carry_update",
     "residual_norm",
     "swiglu_mlp",
+    "swiglu_block",
     "rope_attention",
     "token_mixer",
 )

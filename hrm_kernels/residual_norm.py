@@ -197,13 +197,17 @@ def residual_norm(x: Tensor, update: Tensor, *, eps: float = 1e-5, backend: str 
     """
     x, update = autocast(x, update)
     _check(x, update, eps)
-    wide = f"rows of {x.shape[-1]} are above {MAX_WIDTH}, the widest" if x.shape[-1] > MAX_WIDTH else None
-    if choose("residual_norm", backend, x.device, unfit=wide) == "reference":
+    if choose("residual_norm", backend, x.device, unfit=too_wide(x)) == "reference":
         with torch.autocast(x.device.type, enabled=False):
             return residual_norm_reference(x, update, eps=eps)
     graph = torch.is_grad_enabled() and (x.requires_grad or update.requires_grad)
     run = _norm_forward if torch.compiler.is_compiling() else _ResidualNorm.apply if graph else _launch_forward
     return run(x, update, eps, graph)[0]
+
+
+def too_wide(x: Tensor) -> str | None:
+    """Why the kernels cannot take rows of x; None where they can."""
+    return f"rows of {x.shape[-1]} are above {MAX_WIDTH}, the widest" if x.shape[-1] > MAX_WIDTH else None
 
 
 def _check(x: Tensor, update: Tensor, eps: float) -> None:

@@ -9,6 +9,11 @@ Products are cuBLAS's, except without graph: there one kernel computes both halv
 silu(gate) * up, half of what the product itself would write and the next pass would read. On Hopper it takes the tensor
 memory accelerator to gain by that; loads through pointers are as slow as cuBLAS and the pass. With graph, gate and up
 are kept, and one elementwise pass each way stands between the products.
+
+`swiglu_block` is the MLP with the residual norm behind it. One backward of both adds the two gradients of x inside the
+last product, where autograd would add them in a pass of its own:
+
+    grad_x = grad_v + grad_gate_up W_gate_up        grad_v: the gradient that the norm gives both its inputs
 """
 
 from __future__ import annotations
@@ -22,7 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hrm_kernels._backend import choose
-from hrm_kernels._checks import autocast, check_shape, check_tensors, fail, shape
+from hrm_kernels._checks import autocast, check_eps, check_shape, check_tensors, fail, shape
 from hrm_kernels._triton import (
     _capability,
     _math,
@@ -37,6 +42,9 @@ from hrm_kernels._triton import (
     tl,
     triton,
 )
+from hrm_kernels.residual_norm import _launch_backward as _norm_backward
+from hrm_kernels.residual_norm import _launch_forward as _norm_forward
+from hrm_kernels.residual_norm import residual_norm, residual_norm_reference, too_wide
 
 if triton is not None:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -52,6 +60,17 @@ def swiglu_mlp_reference(
     """The specification of `swiglu_mlp`, in plain PyTorch; also takes float64."""
     gate, up = F.linear(x, w_gate_up).chunk(2, dim=-1)
     return F.linear(F.silu(gate) * up, w_down)
+
+
+def swiglu_block_reference(
+    x: Tensor,  # (..., d)
+    w_gate_up: Tensor,  # (2 * I, d)
+    w_down: Tensor,  # (d, I)
+    *,
+    eps: float = 1e-5,
+) -> Tensor:
+    """The specification of `swiglu_block`, in plain PyTorch; also takes float64."""
+    return residual_norm_reference(x, swiglu_mlp_reference(x, w_gate_up, w_down), eps=eps)
 
 
 # ---------------------------------------------------------------------------------------------------- Triton kernels
@@ -280,14 +299,21 @@ def _(x, w_gate_up, w_down, recompute):
 def _launch_backward(
     grad: Tensor, x: Tensor, w_gate_up: Tensor, w_down: Tensor, gate_up: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grads, rows = rows_of(grad), rows_of(x)
-    if rows.shape[0] == 0:
+    if x.numel() == 0:
         return x.new_empty(x.shape), torch.zeros_like(w_gate_up), torch.zeros_like(w_down)
+    grad_gate_up, grad_w, grad_w_down = _inner_gradients(rows_of(grad), rows_of(x), w_gate_up, w_down, gate_up)
+    return torch.mm(grad_gate_up, w_gate_up).view(x.shape), grad_w, grad_w_down
+
+
+def _inner_gradients(
+    grads: Tensor, rows: Tensor, w_gate_up: Tensor, w_down: Tensor, gate_up: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of gate and up, of `w_gate_up` and of `w_down`."""
     if gate_up.shape[0] == 0:
         gate_up = torch.mm(rows, w_gate_up.t())
     act = torch.mm(grads, w_down)  # its gradient, until `_gate_backward` puts the activation there
     grad_gate_up = _gate_backward(gate_up, act)
-    return torch.mm(grad_gate_up, w_gate_up).view(x.shape), torch.mm(grad_gate_up.t(), rows), torch.mm(grads.t(), act)
+    return grad_gate_up, torch.mm(grad_gate_up.t(), rows), torch.mm(grads.t(), act)
 
 
 _mlp_backward = torch.library.custom_op("hrm::swiglu_mlp_backward", _launch_backward, mutates_args=())
@@ -326,7 +352,40 @@ class _SwigluMlp(torch.autograd.Function):
         return _gradients(_launch_backward, ctx, grad)
 
 
-# ---------------------------------------------------------------------------------------------------- public function
+class _SwigluBlock(torch.autograd.Function):
+    @staticmethod
+    def forward(x, w_gate_up, w_down, eps, recompute):
+        update, gate_up = _launch_forward(x, w_gate_up, w_down, recompute)
+        return *_norm_forward(x, update, eps, True), gate_up
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:3], *output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, _grad_scale, _grad_gate_up):
+        if grad is None:
+            return (None,) * 5
+        gradients = _block_backward(grad, *ctx.saved_tensors)
+        needs = ctx.needs_input_grad[:3]
+        return *(g if need else None for g, need in zip(gradients, needs, strict=True)), None, None
+
+
+def _block_backward(
+    grad: Tensor, x: Tensor, w_gate_up: Tensor, w_down: Tensor, out: Tensor, scale: Tensor, gate_up: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_v = _norm_backward(grad, out, scale)
+    if x.numel() == 0:
+        return grad_v, torch.zeros_like(w_gate_up), torch.zeros_like(w_down)
+    grads = rows_of(grad_v)
+    grad_gate_up, grad_w, grad_w_down = _inner_gradients(grads, rows_of(x), w_gate_up, w_down, gate_up)
+    grads.addmm_(grad_gate_up, w_gate_up)  # nothing reads grad_v any more: it becomes the gradient of x
+    return grad_v, grad_w, grad_w_down
+
+
+# ---------------------------------------------------------------------------------------------------- public functions
 
 
 def swiglu_mlp(
@@ -352,7 +411,7 @@ def swiglu_mlp(
         BackendError: `backend="triton"` where it cannot run.
     """
     x, w_gate_up, w_down = autocast(x, w_gate_up, w_down)
-    _check(x, w_gate_up, w_down)
+    _check("swiglu_mlp", x, w_gate_up, w_down)
     reference = choose("swiglu_mlp", backend, x.device, None, x.dtype) == "reference"
     compiling = torch.compiler.is_compiling()
     with torch.autocast(x.device.type, enabled=False):
@@ -363,8 +422,44 @@ def swiglu_mlp(
         return (_mlp_forward if compiling else _SwigluMlp.apply)(x, w_gate_up, w_down, recompute)[0]
 
 
-def _check(x: Tensor, w_gate_up: Tensor, w_down: Tensor) -> None:
-    name = "swiglu_mlp"
+def swiglu_block(
+    x: Tensor,
+    w_gate_up: Tensor,
+    w_down: Tensor,
+    *,
+    eps: float = 1e-5,
+    recompute: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """`residual_norm(x, swiglu_mlp(x, ...))`, with one backward of both that makes a pass over x's gradients less.
+
+    Source: the post-norm block of arXiv 2506.21734, section 2, `docs/equations.md`.
+
+    Args:
+        x: (..., d); float32, bfloat16 or float16; contiguous or not; d up to 4096 in the Triton kernels.
+        w_gate_up, w_down, recompute, backend: as `swiglu_mlp` takes them.
+        eps: as `residual_norm` takes it.
+
+    Returns:
+        (..., d) in the dtype of `x` (the autocast dtype under autocast).
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; the message names it.
+        BackendError: `backend="triton"` where it cannot run.
+    """
+    x, w_gate_up, w_down = autocast(x, w_gate_up, w_down)
+    _check("swiglu_block", x, w_gate_up, w_down)
+    check_eps("swiglu_block", eps)
+    chosen = choose("swiglu_block", backend, x.device, None, x.dtype, too_wide(x))
+    graph = torch.is_grad_enabled() and any(t.requires_grad for t in (x, w_gate_up, w_down))
+    if chosen == "reference" or not graph or torch.compiler.is_compiling():  # torch.compile is given the parts
+        update = swiglu_mlp(x, w_gate_up, w_down, recompute=recompute, backend=chosen)
+        return residual_norm(x, update, eps=eps, backend=chosen)
+    with torch.autocast(x.device.type, enabled=False):
+        return _SwigluBlock.apply(x, w_gate_up, w_down, eps, recompute)[0]
+
+
+def _check(name: str, x: Tensor, w_gate_up: Tensor, w_down: Tensor) -> None:
     check_tensors(name, "x", {"x": x, "w_gate_up": w_gate_up, "w_down": w_down})
     if x.dim() < 1 or x.shape[-1] < 1:
         fail(name, "x.shape", shape(x), "(..., d) with d above 0")

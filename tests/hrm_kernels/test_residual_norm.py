@@ -8,11 +8,11 @@ from parity import (
     DTYPES,
     LAYOUTS,
     assert_as_exact_as_eager,
-    assert_backward_fills_no_zeros,
     assert_compiles_into_one_graph,
     assert_cuda_graph_replays,
     assert_parity,
     bytes_saved_for_backward,
+    operations_of_backward,
 )
 
 from hrm_kernels import BackendError, residual_norm, residual_norm_reference
@@ -117,7 +117,8 @@ def test_no_graph_under_no_grad(device):
 
 def test_backward_fills_no_gradient_of_what_it_keeps(device):
     leaves = [t.requires_grad_() for t in norm_tensors(5, device=device).values()]
-    assert_backward_fills_no_zeros(residual_norm(*leaves, backend="triton"), leaves)
+    names = operations_of_backward(residual_norm(*leaves, backend="triton"), leaves)
+    assert names and not any("zero" in name for name in names)
 
 
 def test_a_second_derivative_is_an_error_and_not_a_wrong_number(device):

@@ -11,11 +11,12 @@ import torch
 from parity import (
     DTYPES,
     LAYOUTS,
-    assert_backward_fills_no_zeros,
     assert_compiles_into_one_graph,
     assert_cuda_graph_replays,
     assert_parity,
     bytes_saved_for_backward,
+    mlp_tensors,
+    operations_of_backward,
 )
 
 from hrm_kernels import swiglu_mlp, swiglu_mlp_reference
@@ -24,20 +25,6 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 module = sys.modules["hrm_kernels.swiglu_mlp"]  # the package's attribute of that name is the function
 NAMES = ("x", "w_gate_up", "w_down")
-
-
-def mlp_tensors(
-    *lead: int, width: int = 32, inner: int = 24, dtype=torch.float32, device="cpu"
-) -> dict[str, torch.Tensor]:
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, device=device)
-
-    tensors = {
-        "x": normal(*lead, width),
-        "w_gate_up": normal(2 * inner, width) * width**-0.5,
-        "w_down": normal(width, inner) * inner**-0.5,
-    }
-    return {name: t.to(dtype) for name, t in tensors.items()}
 
 
 def fused_tile(tma: bool, device: torch.device):
@@ -193,7 +180,8 @@ def test_backward_through_a_retained_graph_twice_gives_the_same(device):
 
 def test_backward_fills_no_gradient_of_what_it_keeps(device):
     leaves = [t.requires_grad_() for t in mlp_tensors(5, device=device).values()]
-    assert_backward_fills_no_zeros(swiglu_mlp(*leaves, backend="triton"), leaves)
+    names = operations_of_backward(swiglu_mlp(*leaves, backend="triton"), leaves)
+    assert names and not any("zero" in name for name in names)
 
 
 def test_a_second_derivative_is_an_error_and_not_a_wrong_number(device):
