@@ -19,6 +19,7 @@ from hrm.schedule import run_cycles
 Q_BIAS = -5.0  # both Q values start near "no": sigmoid(-5) < 1 %, so an untrained core never halts early
 # not cuDNN's: it plans anew for every length of the cache, 14 ms a token on an H100
 SDPA_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+KERNELS = ("l_recurrence", "h_update", "carry_update")  # the functions of hrm_kernels that the core calls
 BACKENDS = {True: "triton", False: "reference", "auto": "auto"}
 
 
@@ -156,7 +157,7 @@ class HRMCore(nn.Module):
         if self.fused != "auto":
             return f"every kernel: {self.backend} (asked for: fused={self.fused})"
         choices = hrm_kernels.explain(self.w_x.device, head_size=self.config.head_size)
-        return "\n".join(map(str, choices))
+        return "\n".join(str(choice) for choice in choices if choice.function in KERNELS)
 
     def extra_repr(self) -> str:
         c = self.config
