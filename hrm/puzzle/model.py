@@ -320,8 +320,9 @@ class PuzzleModel(nn.Module):
             mixed = hrm_kernels.rope_attention(qkv, cos, sin, heads=self.config.num_heads, backend=backend)
             h, mixed = (h[:, :1], mixed[:, :1]) if read_first else (h, mixed)
             h = hrm_kernels.residual_norm(h, F.linear(mixed, block.mix_out), eps=eps, backend=backend)
-        update = hrm_kernels.swiglu_mlp(h, block.gate_up, block.down, recompute=self.config.recompute, backend=backend)
-        return hrm_kernels.residual_norm(h, update, eps=eps, backend=backend)
+        return hrm_kernels.swiglu_block(
+            h, block.gate_up, block.down, eps=eps, recompute=self.config.recompute, backend=backend
+        )
 
     # ------------------------------------------------------------------------------------------------ halting, carry
 
