@@ -101,7 +101,7 @@ class PuzzleRun:
         self.stream = BatchStream(training, train.batch_size, train.seed, settings.data.augment)
         self.stages = stages(train.depth, train.steps, config.h_cycles, config.l_steps)
         self.whole_cycle = config.grad_l_steps == config.l_steps
-        self.step, self.seconds = 0, 0.0
+        self.step, self.logged, self.seconds = 0, 0, 0.0
         self.folder = self._resume() if settings.run.resume else self._create()
         self._started = time.perf_counter() - self.seconds
         parameters = sum(p.numel() for p in model.parameters()) / 1e6
@@ -147,8 +147,7 @@ class PuzzleRun:
 
     def _log(self) -> str:
         """Writes the metrics since the last line, after a look at whether they make sense; text for the bar."""
-        logged = self.settings.train.log_every
-        steps = self.step % logged or min(logged, self.step)
+        steps, self.logged = self.step - self.logged, self.step
         values = self.engine.read_metrics(steps)
         before, self.seconds = self.seconds, time.perf_counter() - self._started
         self._check(values)
@@ -177,7 +176,7 @@ class PuzzleRun:
     def _save(self) -> None:
         """A checkpoint to resume from, and the model as it is evaluated. The metrics have just been looked at or are
         looked at now, so that no checkpoint holds weights that are not finite."""
-        if self.step % self.settings.train.log_every:
+        if self.logged < self.step:
             self._log()
         self.seconds = time.perf_counter() - self._started
         save_checkpoint(self.folder, self.step, self.engine.state(), {"seconds": self.seconds})
@@ -232,7 +231,8 @@ class PuzzleRun:
             self.engine.load_state(state)
         except (ValueError, RuntimeError) as error:
             raise UsageError(f"{saved[-1]} does not fit this run: {error}") from error
-        self.step, self.seconds = progress["step"], progress["seconds"]
+        self.step = self.logged = progress["step"]
+        self.seconds = progress["seconds"]
         self._forget_after(folder, self.step)
         return folder
 

@@ -20,7 +20,7 @@ from hrm.puzzle.saving import STATE, checkpoints, load_checkpoint, load_model
 from hrm.puzzle.settings import load_puzzle_settings
 from hrm.puzzle.train import learning_rate, stages, train_puzzle
 from hrm.settings import UsageError
-from hrm.train import TrainingError
+from hrm.train import Interrupted, TrainingError
 
 SMALL = [
     "puzzle=sudoku-4x4",
@@ -134,6 +134,27 @@ def test_the_saved_model_is_the_averaged_one(tmp_path: Path) -> None:
     assert torch.equal(model.head, state["averaged.head"])
     assert not torch.equal(model.head, state["model.head"])
     assert about == {"task": "sudoku", "side": [4, 4], "vocab_size": 6}
+
+
+def test_a_signal_saves_and_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ("train.steps=8", "train.log_every=4")
+    whole = run(tmp_path / "whole", *options)
+    step = Engine.step
+
+    def signalled(self: Engine, number: int, *rest: Any) -> None:
+        step(self, number, *rest)
+        if number == 4:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Engine, "step", signalled)
+    with pytest.raises(Interrupted, match="stopped after step 5 of 8"):
+        run(tmp_path / "cut", *options)
+    monkeypatch.setattr(Engine, "step", step)
+    (cut,) = (tmp_path / "cut").iterdir()
+    assert [line["step"] for line in lines(cut)] == [4, 5]
+    resume(cut)
+    expected, found = (load_checkpoint(checkpoints(folder)[-1])[0] for folder in (whole, cut))
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
 def test_learning_rate() -> None:
