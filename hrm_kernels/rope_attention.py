@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hrm_kernels._backend import choose
+from hrm_kernels._backend import choose, interpreting
 from hrm_kernels._checks import autocast, check_shape, check_tensors, fail, shape
 from hrm_kernels._triton import _capability, ceil_div, device_of, jit, tl, triton
 
@@ -54,31 +54,35 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 MAX_LENGTH = 128  # tokens of a sequence that one program holds
 HEAD_SIZES = (16, 32, 64)
 
-# {(kernel, major compute capability): (keys or queries of a step, most registers a thread of 8 warps)}; with 128
-# registers two programs share a multiprocessor
-STEPS: dict[tuple[str, int], tuple[int, int | None]] = {
-    ("forward", 8): (16, 128),
-    ("backward", 8): (16, None),
-    ("forward", 9): (32, None),
-    ("backward", 9): (32, None),
+# {(kernel, major compute capability): (queries of a tile, 16 to a warp; keys past 64 are padded to a multiple of this
+# power of two; most registers a thread)}
+STEPS: dict[tuple[str, int], tuple[int, int, int | None]] = {
+    ("forward", 8): (128, 32, None),
+    ("backward", 8): (128, 32, None),
+    ("forward", 9): (64, 32, 128),
+    ("backward", 9): (128, 32, 128),
 }
 ROTATE_ROWS, ROTATE_WARPS = 64, 4  # heads of tokens that a program of the rotation handles
 
 
 @cache
 def attention_options(kernel: str, length: int, size: int, major: int) -> dict[str, Any]:
-    """Compile-time constants and launch options of the "forward" or "backward" kernel: 16 rows a warp. Blocks of
-    less than 64 rows would leave too few warps to share the loads."""
-    block = 64 if length <= 64 else MAX_LENGTH
-    step, registers = STEPS[kernel, 9 if major >= 9 else 8]
-    return {
+    """Compile-time constants and launch options of the "forward" or "backward" kernel. Blocks are powers of two, so
+    keys may come in two parts: 81 in 64 + 32, not in 128."""
+    tile, step, registers = STEPS[kernel, 9 if major >= 9 else 8]
+    rest = max(0, length - 64)
+    tile = tile if rest else 64
+    tiles = {"TILES": ceil_div(length, tile) if rest else 1} if kernel == "forward" else {}
+    return tiles | {
         "D": size,
         "BLOCK_H": max(16, size // 2),
-        "BLOCK_L": block,
-        "BLOCK_K": step,
-        "num_warps": block // 16,
+        "BLOCK_L": tile,
+        "PART1": 64,
+        "PART2": min(64, ceil_div(rest, step) * step),
+        "COMPILED": not interpreting(),
+        "num_warps": tile // 16,
         "num_stages": 1,
-        "maxnreg": registers if block == MAX_LENGTH else None,
+        "maxnreg": registers,
         "enable_fp_fusion": True,  # Triton's default until 3.9
     }
 
@@ -109,36 +113,60 @@ def _table(cos_ptr, sin_ptr, offsets, mask, D: tl.constexpr):
 
 
 @jit
+def _rows(x_ptr, rows, length, row_stride, D: tl.constexpr):
+    """These rows of one head; zero past the end."""
+    offsets = rows.to(tl.int64)[:, None] * row_stride + tl.arange(0, D)[None, :]
+    return tl.load(x_ptr + offsets, mask=(rows < length)[:, None], other=0.0)
+
+
+@jit
 def _rotated_rows(
     x_ptr, cos_ptr, sin_ptr, rows, length, row_stride,
-    ROTATE: tl.constexpr, D: tl.constexpr, BLOCK_H: tl.constexpr,
+    ROTATE: tl.constexpr, D: tl.constexpr, BLOCK_H: tl.constexpr, COMPILED: tl.constexpr,
 ):  # fmt: skip
-    """The halves of these rows of one head, rotated; zero past the end."""
+    """These rows of one head, rotated, (rows, 2 * BLOCK_H); zero past the end and past the size of a half. Joining the
+    halves moves nothing between threads."""
+    if not ROTATE:
+        return _rows(x_ptr, rows, length, row_stride, D)
     half = tl.arange(0, BLOCK_H)[None, :]
     mask = (rows < length)[:, None] & (half < D // 2)
     first, second = _halves(x_ptr, rows.to(tl.int64)[:, None] * row_stride + half, mask, D)
-    dtype = first.dtype
-    if ROTATE:
-        cos_1, cos_2, sin_1, sin_2 = _table(cos_ptr, sin_ptr, rows[:, None] * D + half, mask, D)
-        wide_1, wide_2 = _rotated(first, second, cos_1, cos_2, sin_1, sin_2)
-        first, second = wide_1.to(dtype), wide_2.to(dtype)
-    return first, second
+    cos_1, cos_2, sin_1, sin_2 = _table(cos_ptr, sin_ptr, rows[:, None] * D + half, mask, D)
+    wide_1, wide_2 = _rotated(first, second, cos_1, cos_2, sin_1, sin_2)
+    both = tl.join(wide_1.to(first.dtype), wide_2.to(first.dtype))
+    both = tl.reshape(tl.permute(both, (0, 2, 1)), (rows.shape[0], 2 * BLOCK_H))
+    if COMPILED:  # does nothing, but once: else every product that takes the rows rotates them again in its own layout
+        both = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [both], both.dtype, False, 2)
+    return both
 
 
 @jit
 def _store_rotated_back(
-    first, second, to_ptr, cos_ptr, sin_ptr, rows, length, row_stride,
+    both, to_ptr, cos_ptr, sin_ptr, rows, length, row_stride,
     ROTATE: tl.constexpr, D: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """Writes the gradient of rows of which `first` and `second` are the gradients after rotation."""
-    half = tl.arange(0, BLOCK_H)[None, :]
-    mask = (rows < length)[:, None] & (half < D // 2)
+    """Writes the gradient of rows of which `both` is the gradient after rotation."""
+    dtype = to_ptr.dtype.element_ty
+    to = to_ptr + rows.to(tl.int64)[:, None] * row_stride
     if ROTATE:  # the other way: the sines' halves exchanged and negated
+        half = tl.arange(0, BLOCK_H)[None, :]
+        mask = (rows < length)[:, None] & (half < D // 2)
+        first, second = tl.split(tl.permute(tl.reshape(both, (rows.shape[0], 2, BLOCK_H)), (0, 2, 1)))
         cos_1, cos_2, sin_1, sin_2 = _table(cos_ptr, sin_ptr, rows[:, None] * D + half, mask, D)
         first, second = _rotated(first, second, cos_1, cos_2, -sin_2, -sin_1)
-    to = to_ptr + rows.to(tl.int64)[:, None] * row_stride + half
-    tl.store(to, first.to(to_ptr.dtype.element_ty), mask=mask)
-    tl.store(to + D // 2, second.to(to_ptr.dtype.element_ty), mask=mask)
+        tl.store(to + half, first.to(dtype), mask=mask)
+        tl.store(to + D // 2 + half, second.to(dtype), mask=mask)
+    else:
+        tl.store(to + tl.arange(0, D)[None, :], both.to(dtype), mask=(rows < length)[:, None])
+
+
+@jit
+def _scores(q, k, keys, length, MASK: tl.constexpr):
+    """q k^T; -inf for keys past the end, which only the last part of the keys has."""
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    if MASK:
+        scores = tl.where((keys < length)[None, :], scores, float("-inf"))
+    return scores
 
 
 @jit(do_not_specialize=["length"])
@@ -146,124 +174,120 @@ def _attention_forward_kernel(
     qkv_ptr, cos_ptr, sin_ptr, out_ptr, lse_ptr,
     length, heads, batch_stride, row_stride,
     SAVE: tl.constexpr, ROTATE: tl.constexpr, D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_L: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    TILES: tl.constexpr, PART1: tl.constexpr, PART2: tl.constexpr, COMPILED: tl.constexpr,
 ):  # fmt: skip
-    """One head of one sequence: all queries, the keys a tile at a time. `lse` is the logarithm, base 2, of the
-    softmax's denominator."""
+    """One head of one sequence: all keys, rotated once, and the queries a tile at a time. `lse` is the logarithm, base
+    2, of the softmax's denominator."""
     sequence = (tl.program_id(0) // heads).to(tl.int64)
     head = tl.program_id(0) % heads
-    rows = tl.arange(0, BLOCK_L)
-    whole = tl.arange(0, D)[None, :]
     q_ptr = qkv_ptr + sequence * batch_stride + head * D
     k_ptr = q_ptr + heads * D
     v_ptr = k_ptr + heads * D
-    q_1, q_2 = _rotated_rows(q_ptr, cos_ptr, sin_ptr, rows, length, row_stride, ROTATE, D, BLOCK_H)
+    out_ptr += sequence * length * (heads * D) + head * D
+    lse_ptr += tl.program_id(0).to(tl.int64) * length
     to_base_2: tl.constexpr = 1.4426950408889634 / (D**0.5)
-    top = tl.full((BLOCK_L,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_L,), tl.float32)
-    out = tl.zeros((BLOCK_L, D), tl.float32)
-    for start in tl.range(0, length, BLOCK_K, disable_licm=True):  # hoisted, operands would fill the registers
-        keys = start + tl.arange(0, BLOCK_K)
-        k_1, k_2 = _rotated_rows(k_ptr, cos_ptr, sin_ptr, keys, length, row_stride, ROTATE, D, BLOCK_H)
-        v = tl.load(v_ptr + keys.to(tl.int64)[:, None] * row_stride + whole, mask=(keys < length)[:, None], other=0.0)
-        scores = tl.dot(q_1, tl.trans(k_1), input_precision="ieee")
-        scores = tl.dot(q_2, tl.trans(k_2), scores, input_precision="ieee")
-        scores = tl.where((keys < length)[None, :], scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1) * to_base_2)
-        weights = tl.exp2(scores * to_base_2 - new_top[:, None])
-        shrink = tl.exp2(top - new_top)
-        total = total * shrink + tl.sum(weights, 1)
-        out = tl.dot(weights.to(v.dtype), v, out * shrink[:, None], input_precision="ieee")
-        top = new_top
-    out = out * (1.0 / total)[:, None]
-    token = sequence * length + rows
-    tl.store(
-        out_ptr + token[:, None] * (heads * D) + head * D + whole,
-        out.to(out_ptr.dtype.element_ty),
-        mask=(rows < length)[:, None],
-    )
-    if SAVE:
-        tl.store(lse_ptr + tl.program_id(0).to(tl.int64) * length + rows, top + tl.log2(total), mask=rows < length)
+    dtype = qkv_ptr.dtype.element_ty
+    keys1 = tl.arange(0, PART1)
+    k1 = _rotated_rows(k_ptr, cos_ptr, sin_ptr, keys1, length, row_stride, ROTATE, D, BLOCK_H, COMPILED)
+    v1 = _rows(v_ptr, keys1, length, row_stride, D)
+    if PART2 > 0:
+        keys2 = PART1 + tl.arange(0, PART2)
+        k2 = _rotated_rows(k_ptr, cos_ptr, sin_ptr, keys2, length, row_stride, ROTATE, D, BLOCK_H, COMPILED)
+        v2 = _rows(v_ptr, keys2, length, row_stride, D)
+    for tile in tl.static_range(TILES):
+        queries = tile * BLOCK_L + tl.arange(0, BLOCK_L)
+        q = _rotated_rows(q_ptr, cos_ptr, sin_ptr, queries, length, row_stride, ROTATE, D, BLOCK_H, COMPILED)
+        scores1 = _scores(q, k1, keys1, length, PART2 == 0)
+        top = tl.max(scores1, 1)
+        if PART2 > 0:
+            scores2 = _scores(q, k2, keys2, length, True)
+            top = tl.maximum(top, tl.max(scores2, 1))
+        top *= to_base_2
+        weights1 = tl.exp2(scores1 * to_base_2 - top[:, None])
+        total = tl.sum(weights1, 1)
+        out = tl.dot(weights1.to(dtype), v1, input_precision="ieee")
+        if PART2 > 0:
+            weights2 = tl.exp2(scores2 * to_base_2 - top[:, None])
+            total += tl.sum(weights2, 1)
+            out = tl.dot(weights2.to(dtype), v2, out, input_precision="ieee")
+        out = (out * (1.0 / total)[:, None]).to(dtype)
+        to = out_ptr + queries[:, None] * (heads * D) + tl.arange(0, D)[None, :]
+        tl.store(to, out, mask=(queries < length)[:, None])
+        if SAVE:
+            tl.store(lse_ptr + queries, top + tl.log2(total), mask=queries < length)
+
+
+@jit
+def _store_grad_k(
+    grad_scores, q, to_ptr, cos_ptr, sin_ptr, keys, length, stride,
+    ROTATE: tl.constexpr, D: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """Transposed, the product has the D columns of q as its rows: enough for the matrix units, however few the keys."""
+    grad_k = tl.trans(tl.dot(tl.trans(q), grad_scores, input_precision="ieee")) * (1.0 / (D**0.5))
+    _store_rotated_back(grad_k, to_ptr, cos_ptr, sin_ptr, keys, length, stride, ROTATE, D, BLOCK_H)
+
+
+@jit
+def _store_grad_v(weights, grad, to_ptr, keys, length, stride, D: tl.constexpr):
+    grad_v = tl.trans(tl.dot(tl.trans(grad), weights, input_precision="ieee").to(grad.dtype))
+    to = to_ptr + keys.to(tl.int64)[:, None] * stride + tl.arange(0, D)[None, :]
+    tl.store(to, grad_v, mask=(keys < length)[:, None])
 
 
 @jit(do_not_specialize=["length"])
 def _attention_backward_kernel(
-    grad_ptr, qkv_ptr, cos_ptr, sin_ptr, lse_ptr, delta_ptr, grad_qkv_ptr,
+    grad_ptr, qkv_ptr, cos_ptr, sin_ptr, lse_ptr, grad_qkv_ptr,
     length, heads, grad_batch_stride, grad_row_stride, batch_stride, row_stride,
-    ROTATE: tl.constexpr, D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr,
+    ROTATE: tl.constexpr, D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_L: tl.constexpr,
+    PART1: tl.constexpr, PART2: tl.constexpr, COMPILED: tl.constexpr,
 ):  # fmt: skip
-    """One head of one sequence, in two walks: all keys over tiles of queries, for the gradients of k and v; then all
-    queries over tiles of keys, for that of q. Scores and their gradients are computed twice: what leaves a product
-    enters the next one from the registers of the same warp, and nothing is transposed or summed across programs."""
+    """One head of one sequence, all queries against all keys: five products, each once."""
     sequence = (tl.program_id(0) // heads).to(tl.int64)
     head = tl.program_id(0) % heads
-    rows = tl.arange(0, BLOCK_L)
-    whole = tl.arange(0, D)[None, :]
-    inside = (rows < length)[:, None]
     q_ptr = qkv_ptr + sequence * batch_stride + head * D
     k_ptr = q_ptr + heads * D
     v_ptr = k_ptr + heads * D
     grad_ptr += sequence * grad_batch_stride + head * D
     lse_ptr += tl.program_id(0).to(tl.int64) * length
-    delta_ptr += tl.program_id(0).to(tl.int64) * length
-    to_ptr = grad_qkv_ptr + sequence * length * (3 * heads * D) + head * D
-    to_stride = 3 * heads * D
-    dtype = grad_qkv_ptr.dtype.element_ty
-    scale: tl.constexpr = 1.0 / (D**0.5)
+    stride = 3 * heads * D
+    to_q_ptr = grad_qkv_ptr + sequence * length * stride + head * D
+    to_k_ptr = to_q_ptr + heads * D
+    to_v_ptr = to_k_ptr + heads * D
+    dtype = qkv_ptr.dtype.element_ty
     to_base_2: tl.constexpr = 1.4426950408889634 / (D**0.5)
 
-    k_1, k_2 = _rotated_rows(k_ptr, cos_ptr, sin_ptr, rows, length, row_stride, ROTATE, D, BLOCK_H)
-    v = tl.load(v_ptr + rows.to(tl.int64)[:, None] * row_stride + whole, mask=inside, other=0.0)
-    grad_k_1 = tl.zeros((BLOCK_L, BLOCK_H), tl.float32)
-    grad_k_2 = tl.zeros((BLOCK_L, BLOCK_H), tl.float32)
-    grad_v = tl.zeros((BLOCK_L, D), tl.float32)
-    for start in tl.range(0, length, BLOCK_K, disable_licm=True):
-        queries = start + tl.arange(0, BLOCK_K)
-        valid = queries < length
-        q_1, q_2 = _rotated_rows(q_ptr, cos_ptr, sin_ptr, queries, length, row_stride, ROTATE, D, BLOCK_H)
-        grad = grad_ptr + queries.to(tl.int64)[:, None] * grad_row_stride + whole
-        grad = tl.load(grad, mask=valid[:, None], other=0.0)
-        lse = tl.load(lse_ptr + queries, mask=valid, other=0.0)
-        weights = tl.dot(k_1, tl.trans(q_1), input_precision="ieee")
-        weights = tl.dot(k_2, tl.trans(q_2), weights, input_precision="ieee")
-        # keys past the end have scores 0, which may lie far above a row's lse: masked before the exponential
-        weights = tl.exp2(tl.where(inside, weights * to_base_2 - lse[None, :], float("-inf")))
-        grad_weights = tl.dot(v, tl.trans(grad), input_precision="ieee")
-        delta = tl.sum(weights * grad_weights, 0)
-        tl.store(delta_ptr + queries, delta, mask=valid)
-        grad_v = tl.dot(weights.to(dtype), grad, grad_v, input_precision="ieee")
-        grad_scores = (weights * (grad_weights - delta[None, :])).to(dtype)
-        grad_k_1 = tl.dot(grad_scores, q_1, grad_k_1, input_precision="ieee")
-        grad_k_2 = tl.dot(grad_scores, q_2, grad_k_2, input_precision="ieee")
-    to = to_ptr + 2 * heads * D + rows.to(tl.int64)[:, None] * to_stride + whole
-    tl.store(to, grad_v.to(dtype), mask=inside)
-    tl.debug_barrier()  # what reads delta below is other threads of this program; here it also frees grad_v's registers
-    _store_rotated_back(
-        grad_k_1 * scale, grad_k_2 * scale, to_ptr + heads * D,
-        cos_ptr, sin_ptr, rows, length, to_stride, ROTATE, D, BLOCK_H,
-    )  # fmt: skip
+    rows = tl.arange(0, BLOCK_L)
+    keys1 = tl.arange(0, PART1)
+    q = _rotated_rows(q_ptr, cos_ptr, sin_ptr, rows, length, row_stride, ROTATE, D, BLOCK_H, COMPILED)
+    k1 = _rotated_rows(k_ptr, cos_ptr, sin_ptr, keys1, length, row_stride, ROTATE, D, BLOCK_H, COMPILED)
+    grad = _rows(grad_ptr, rows, length, grad_row_stride, D)
+    v1 = _rows(v_ptr, keys1, length, row_stride, D)
+    lse = tl.load(lse_ptr + rows, mask=rows < length, other=0.0)[:, None]
+    if PART2 > 0:
+        keys2 = PART1 + tl.arange(0, PART2)
+        k2 = _rotated_rows(k_ptr, cos_ptr, sin_ptr, keys2, length, row_stride, ROTATE, D, BLOCK_H, COMPILED)
+        v2 = _rows(v_ptr, keys2, length, row_stride, D)
 
-    q_rows_1, q_rows_2 = _rotated_rows(q_ptr, cos_ptr, sin_ptr, rows, length, row_stride, ROTATE, D, BLOCK_H)
-    grad_rows = tl.load(grad_ptr + rows.to(tl.int64)[:, None] * grad_row_stride + whole, mask=inside, other=0.0)
-    lse_rows = tl.load(lse_ptr + rows, mask=rows < length, other=0.0)
-    delta_rows = tl.load(delta_ptr + rows, mask=rows < length, other=0.0)
-    grad_q_1 = tl.zeros((BLOCK_L, BLOCK_H), tl.float32)
-    grad_q_2 = tl.zeros((BLOCK_L, BLOCK_H), tl.float32)
-    for start in tl.range(0, length, BLOCK_K, disable_licm=True):
-        keys = start + tl.arange(0, BLOCK_K)
-        key_1, key_2 = _rotated_rows(k_ptr, cos_ptr, sin_ptr, keys, length, row_stride, ROTATE, D, BLOCK_H)
-        value = v_ptr + keys.to(tl.int64)[:, None] * row_stride + whole
-        value = tl.load(value, mask=(keys < length)[:, None], other=0.0)
-        scores = tl.dot(q_rows_1, tl.trans(key_1), input_precision="ieee")
-        scores = tl.dot(q_rows_2, tl.trans(key_2), scores, input_precision="ieee")
-        scores = tl.where((keys < length)[None, :], scores * to_base_2 - lse_rows[:, None], float("-inf"))
-        grad_value = tl.dot(grad_rows, tl.trans(value), input_precision="ieee")
-        row_scores = (tl.exp2(scores) * (grad_value - delta_rows[:, None])).to(dtype)
-        grad_q_1 = tl.dot(row_scores, key_1, grad_q_1, input_precision="ieee")
-        grad_q_2 = tl.dot(row_scores, key_2, grad_q_2, input_precision="ieee")
-    _store_rotated_back(
-        grad_q_1 * scale, grad_q_2 * scale, to_ptr, cos_ptr, sin_ptr, rows, length, to_stride, ROTATE, D, BLOCK_H
-    )
+    # masked before the exponential: scores 0 of keys past the end may lie far above a row's lse
+    weights1 = tl.exp2(_scores(q, k1, keys1, length, PART2 == 0) * to_base_2 - lse)
+    _store_grad_v(weights1.to(dtype), grad, to_v_ptr, keys1, length, stride, D)
+    if PART2 > 0:
+        weights2 = tl.exp2(_scores(q, k2, keys2, length, True) * to_base_2 - lse)
+        _store_grad_v(weights2.to(dtype), grad, to_v_ptr, keys2, length, stride, D)
+    grad_weights1 = tl.dot(grad, tl.trans(v1), input_precision="ieee")
+    delta = tl.sum(weights1 * grad_weights1, 1)
+    if PART2 > 0:
+        grad_weights2 = tl.dot(grad, tl.trans(v2), input_precision="ieee")
+        delta += tl.sum(weights2 * grad_weights2, 1)
+    grad1 = (weights1 * (grad_weights1 - delta[:, None])).to(dtype)
+    grad_q = tl.dot(grad1, k1, input_precision="ieee")
+    _store_grad_k(grad1, q, to_k_ptr, cos_ptr, sin_ptr, keys1, length, stride, ROTATE, D, BLOCK_H)
+    if PART2 > 0:
+        grad2 = (weights2 * (grad_weights2 - delta[:, None])).to(dtype)
+        grad_q = tl.dot(grad2, k2, grad_q, input_precision="ieee")
+        _store_grad_k(grad2, q, to_k_ptr, cos_ptr, sin_ptr, keys2, length, stride, ROTATE, D, BLOCK_H)
+    grad_q = grad_q * (1.0 / (D**0.5))
+    _store_rotated_back(grad_q, to_q_ptr, cos_ptr, sin_ptr, rows, length, stride, ROTATE, D, BLOCK_H)
 
 
 @jit(do_not_specialize=["n", "length"])
@@ -347,10 +371,9 @@ def _launch_backward(
     grad_qkv = torch.empty((batch, length, width), dtype=qkv.dtype, device=qkv.device)
     if qkv.numel() > 0:
         options = attention_options("backward", length, width // (3 * heads), _capability(qkv.device)[0])
-        delta = torch.empty_like(lse)
         with device_of(qkv):
             _attention_backward_kernel[(batch * heads,)](
-                grad, qkv, *_tables(qkv, cos, sin), lse, delta, grad_qkv,
+                grad, qkv, *_tables(qkv, cos, sin), lse, grad_qkv,
                 length, heads, grad.stride(0), grad.stride(1), qkv.stride(0), qkv.stride(1),
                 ROTATE=cos is not None, **options,
             )  # fmt: skip
