@@ -131,6 +131,19 @@ def test_parity_at_the_sizes_of_the_puzzles(shape, dtype, device):
     assert_attention_parity(qkv, *tables(length, size, device=device), heads)
 
 
+@pytest.mark.parametrize("steps", [(64, 32, None), (128, 32, None), (64, 64, None), (128, 64, None)], ids=str)
+@pytest.mark.parametrize("length", [64, 65, 96, 97, 128])
+def test_tiles_of_queries_and_parts_of_keys(length, steps, monkeypatch, device):
+    table = {key: (steps[0] if key[0] == "forward" else 128, *steps[1:]) for key in module.STEPS}
+    monkeypatch.setattr(module, "STEPS", table)
+    module.attention_options.cache_clear()
+    try:
+        qkv = packed(1, length, 1, 16, dtype=torch.float16, device=device)
+        assert_attention_parity(qkv, *tables(length, 16, device=device), 1)
+    finally:
+        module.attention_options.cache_clear()
+
+
 @pytest.mark.parametrize("scale", [0.0, 1e-2, 6.0])
 def test_parity_over_the_size_of_queries_and_keys(scale, device):
     qkv = packed(2, 20, 1, 16, dtype=torch.float16, device=device)
