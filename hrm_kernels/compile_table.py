@@ -85,7 +85,7 @@ _BLOCKS = {
 }
 # shapes that the transformer block's kernels are compiled for: those of the puzzle models, and the widest row
 NORM_WIDTHS = (512, 4096)
-ATTENTION_LENGTHS = (64, 128)  # every shorter sequence is padded to one of these
+ATTENTION_LENGTHS = (64, 96, 128)  # every shorter sequence is padded to one of these
 MIXER_LENGTHS, MIXER_WIDTH = {"short": 81, "long": 97}, 512
 
 
@@ -215,7 +215,7 @@ def compile_case(case: Case, architecture: int) -> Report:
 
 
 def _pointee(name: str, dtype: torch.dtype) -> str:
-    fixed = dict.fromkeys(("grad_w_ptr", "partial_ptr", "residual_ptr", "scale_ptr", "lse_ptr", "delta_ptr"), "fp32")
+    fixed = dict.fromkeys(("grad_w_ptr", "partial_ptr", "residual_ptr", "scale_ptr", "lse_ptr"), "fp32")
     fixed |= {"cos_ptr": "fp32", "sin_ptr": "fp32"}
     fixed |= {"halted_ptr": "i1", "steps_ptr": "i32", "new_steps_ptr": "i32"}
     return fixed.get(name, NAMES[dtype])

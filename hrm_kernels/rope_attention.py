@@ -62,6 +62,8 @@ STEPS: dict[tuple[str, int], tuple[int, int, int | None]] = {
     ("forward", 9): (64, 32, 128),
     ("backward", 9): (128, 32, 128),
 }
+# What replaces an entry for more than 96 keys: capped at 128 registers, the backward spills 504 bytes a thread there
+LONG_STEPS: dict[tuple[str, int], tuple[int, int, int | None]] = {("backward", 9): (128, 32, None)}
 ROTATE_ROWS, ROTATE_WARPS = 64, 4  # heads of tokens that a program of the rotation handles
 
 
@@ -69,7 +71,8 @@ ROTATE_ROWS, ROTATE_WARPS = 64, 4  # heads of tokens that a program of the rotat
 def attention_options(kernel: str, length: int, size: int, major: int) -> dict[str, Any]:
     """Compile-time constants and launch options of the "forward" or "backward" kernel. Blocks are powers of two, so
     keys may come in two parts: 81 in 64 + 32, not in 128."""
-    tile, step, registers = STEPS[kernel, 9 if major >= 9 else 8]
+    entry = (kernel, 9 if major >= 9 else 8)
+    tile, step, registers = LONG_STEPS.get(entry, STEPS[entry]) if length > 96 else STEPS[entry]
     rest = max(0, length - 64)
     tile = tile if rest else 64
     tiles = {"TILES": ceil_div(length, tile) if rest else 1} if kernel == "forward" else {}

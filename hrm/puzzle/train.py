@@ -15,6 +15,7 @@ import torch
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from hrm.puzzle.curve import learning_curve
 from hrm.puzzle.data import BatchStream, PuzzleSet, load_puzzles
 from hrm.puzzle.engine import NO_STEP, Engine
 from hrm.puzzle.evaluate import Evaluation, evaluate
@@ -80,7 +81,8 @@ def learning_rate(step: int, settings: Any) -> float:
 
 
 class PuzzleRun:
-    """One training run and its folder: config.yaml, metrics.jsonl, evaluations.jsonl, checkpoints/, model/."""
+    """One training run and its folder: config.yaml, metrics.jsonl, evaluations.jsonl, checkpoints/, model/, at the
+    end curve.png."""
 
     def __init__(self, settings: Any, training: PuzzleSet, test: PuzzleSet | None, console: Console) -> None:
         self.settings, self.test, self.console = settings, test, console
@@ -132,6 +134,7 @@ class PuzzleRun:
                 if every and self.step % every == 0 and self.step < total:
                     self._evaluate(self.settings.eval.limit)
         self._evaluate(None)
+        learning_curve(self.folder, self.folder / "curve.png")
 
     def _take_step(self, rows: Any) -> None:
         train, config = self.settings.train, self.engine.model.config
