@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 
 from hrm.puzzle.command_data import DataSettings
+from hrm.puzzle.command_evaluate import EvaluateSettings
 from hrm.puzzle.settings import PuzzleTrainingSettings, load_puzzle_settings
 from hrm.puzzle.solve import SolveSettings
 from hrm.settings import (
@@ -92,6 +93,13 @@ def data(settings: Any) -> None:
     make_data(settings)
 
 
+def evaluate(settings: Any) -> None:
+    """Scores a trained puzzle model."""
+    from hrm.puzzle.command_evaluate import evaluate_puzzles
+
+    evaluate_puzzles(settings)
+
+
 def solve(settings: Any) -> None:
     """Solves puzzles with a trained model."""
     from hrm.puzzle.solve import solve as solve_puzzles
@@ -129,6 +137,7 @@ VERBS = {
     "train": Verb(train, "train on your own prompts and answers; with puzzle=sudoku: on puzzles", TrainingSettings),
     "generate": Verb(generate, "answer a prompt with a trained model", GenerateSettings),
     "data": Verb(data, "read, check or make puzzles: Sudoku, mazes, ARC", DataSettings),
+    "evaluate": Verb(evaluate, "score a trained puzzle model on a file of puzzles", EvaluateSettings),
     "solve": Verb(solve, "solve the puzzles of a file, or of standard input", SolveSettings),
     "info": Verb(info, "versions, device, kernels and folders", InfoSettings),
 }

@@ -1,0 +1,74 @@
+"""`hrm evaluate`: how many puzzles of a file with answers a trained model gets right."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hrm.puzzle.data import load_puzzles
+from hrm.puzzle.evaluate import evaluate, vote
+from hrm.puzzle.saving import load_model
+from hrm.settings import UsageError, require
+
+
+@dataclass
+class EvaluateSettings:
+    """Keys of `hrm evaluate`."""
+
+    run: str | None = None
+    """Run folder, or the folder of a model."""
+    path: str | None = None
+    """Puzzles with answers: .npz of `hrm data`, .csv or .npz as published."""
+    segments: int | None = None
+    """Segments that every puzzle runs; null: the model's limit."""
+    halting: bool = False
+    """Take each puzzle's answer where its Q head halts, and spare the rest."""
+    votes: int = 1
+    """Above 1: also solve so many symmetric copies of each puzzle, and let them vote."""
+    limit: int | None = None
+    """Only the first so many puzzles."""
+    batch_size: int = 768
+    """Puzzles solved together."""
+    seed: int = 0
+    """Seed of the copies."""
+    output: str | None = None
+    """File for the results as JSON."""
+
+
+def evaluate_puzzles(settings: Any) -> None:
+    """Prints what `settings` (`EvaluateSettings`) asks for.
+
+    Raises:
+        UsageError: a setting, file or model that cannot be used.
+    """
+    for name in ("run", "path"):
+        require(settings, name, lambda value: value is not None, "given: hrm evaluate run=FOLDER path=FILE")
+    for name in ("votes", "batch_size"):
+        require(settings, name, lambda value: value >= 1, "at least 1")
+    model, about = load_model(settings.run)
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    puzzles = load_puzzles(settings.path, about["task"], check_unique=False)
+    sizes = {"batch_size": settings.batch_size, "segments": settings.segments, "limit": settings.limit}
+    found = evaluate(model, puzzles, halting=settings.halting, **sizes)
+    results = dataclasses.asdict(found)
+    print(f"{found.exact:.2%} of {found.count} puzzles right, {found.cells:.2%} of the cells, in {found.seconds:.1f} s")
+    print(f"segments: {found.segments_used:.2f} on average; Q head right about its answer: {found.halt_accuracy:.2%}")
+    print("right after each segment: " + ", ".join(f"{share:.1%}" for share in found.by_segment))
+    if settings.votes > 1:
+        votes = vote(model, puzzles, votes=settings.votes, seed=settings.seed, **sizes)
+        results["votes"] = dataclasses.asdict(votes)
+        print("right by 1, 2, ... votes:  " + ", ".join(f"{share:.1%}" for share in votes.exact))
+    if settings.output is not None:
+        _write(Path(settings.output), results)
+
+
+def _write(path: Path, results: dict[str, Any]) -> None:
+    try:
+        path.write_text(json.dumps(results, indent=1) + "\n")
+    except OSError as error:
+        raise UsageError(f"output is {str(path)!r}: {error.strerror}") from error

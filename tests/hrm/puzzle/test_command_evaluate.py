@@ -1,0 +1,57 @@
+"""`hrm evaluate` from the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from hrm.cli import main
+from hrm.puzzle import PuzzleConfig, PuzzleModel
+from hrm.puzzle.data import PuzzleSet
+from hrm.puzzle.evaluate import evaluate
+from hrm.puzzle.saving import load_model, save_model
+from hrm.puzzle.sudoku import generate
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A model that knows nothing, and puzzles."""
+    torch.manual_seed(0)
+    config = PuzzleConfig(vocab_size=6, seq_len=16, hidden_size=16, num_heads=2, expansion=1.0, l_layers=1, h_layers=1,
+                          puzzle_tokens=0, puzzle_emb_size=0, max_segments=3)  # fmt: skip
+    save_model(PuzzleModel(config), tmp_path / "model", {"task": "sudoku", "side": [4, 4], "vocab_size": 6})
+    generate(4, 6, 1, seed=0)[0].puzzles.save(tmp_path / "puzzles.npz")
+    return tmp_path
+
+
+def test_it_prints_and_writes_what_evaluate_finds(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = folder / "results.json"
+    words = [f"run={folder}", f"path={folder / 'puzzles.npz'}", "votes=2", f"output={output}"]
+    assert main(["evaluate", *words]) == 0
+    model, _ = load_model(folder)
+    expected = evaluate(model, PuzzleSet.load(folder / "puzzles.npz"))
+    found = json.loads(output.read_text())
+    assert found["exact"] == expected.exact and found["cells"] == expected.cells and found["count"] == 6
+    assert len(found["votes"]["exact"]) == 2
+    assert f"{expected.cells:.2%} of the cells" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["path=puzzles.npz"], "run is None"),
+        (["run=nowhere", "path=puzzles.npz"], "nowhere"),
+        (["run=.", "path=missing.npz"], "missing.npz is no file"),
+        (["run=.", "path=puzzles.npz", "votes=0"], "votes is 0; it should be at least 1"),
+        (["run=.", "path=puzzles.npz", "output=no/such/file"], "output is 'no/such/file'"),
+    ],
+)
+def test_what_cannot_be_used_is_refused(
+    folder: Path, words: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    assert main(["evaluate", *words]) == 2
+    assert message in capsys.readouterr().err
