@@ -217,7 +217,8 @@ def vote(
         seed: of all that is drawn; the same seed gives the same result for any batch size.
         views: every later run sees each puzzle through a symmetry (the training's; none for ARC).
         noise: standard deviation of what is added to the initial states of a later run, where they have about 1.
-        choose: "majority" (of every cell, ties by q_halt) or "confidence" (the whole answer of highest q_halt).
+        choose: "majority" (in every cell, a vote weighing sigmoid(q_halt)) or "confidence" (the whole answer of
+            highest q_halt).
 
     Raises:
         UsageError: as `evaluate`; or several votes that would all be the same.
@@ -288,8 +289,15 @@ def vote_of(
     return torch.zeros_like(cells).scatter_(1, cells, symbols.argsort(1).gather(1, answers)), q_halt
 
 
+_UNSURE = -20.0  # q_halt below which a vote loses no more weight: sigmoid must not reach 0, so that every vote counts
+
+
 class Ballots:
-    """The votes on each of `count` puzzles, and which answer they make."""
+    """The votes on each of `count` puzzles, and which answer they make.
+
+    "majority" weighs each vote by sigmoid(q_halt), the model's own probability that the answer is right: cells of
+    different wrong answers make no right one, so a sure run should outvote several that know they failed.
+    """
 
     def __init__(self, count: int, puzzles: PuzzleSet, choose: str, device: torch.device) -> None:
         self._majority = choose == "majority"
@@ -303,8 +311,7 @@ class Ballots:
     def cast(self, rows: Tensor, answers: Tensor, q_halt: Tensor) -> None:
         """One vote on the puzzles at `rows` (B,): answers (B, S) int64, q_halt (B,); a row given twice votes once."""
         if self._majority:
-            # what confidence adds is so little that it decides ties alone, up to a thousand votes
-            weight = (1 + q_halt.sigmoid() / 1024)[:, None, None].expand(*answers.shape, 1)
+            weight = q_halt.clamp(min=_UNSURE).sigmoid()[:, None, None].expand(*answers.shape, 1)
             self._counts[rows] = self._counts[rows].scatter_add(2, answers[..., None], weight)
         else:
             better = q_halt > self._best[rows]

@@ -40,7 +40,7 @@ class SolveSettings:
     halting: bool = False
     """Stop at each puzzle where the Q head says that it is solved."""
     votes: int = 1
-    """Runs on symmetric copies of each puzzle, whose majority decides each cell."""
+    """Runs on symmetric copies of each puzzle; in each cell they vote, the surer the heavier."""
     picture: str | None = None
     """.png or .gif file for the first puzzle's answers after each segment."""
     seed: int = 0
@@ -269,7 +269,7 @@ def _depth(solution: Solution, settings: Any) -> str:
     elif segments > 1:
         words.append(f"answer unchanged since segment {settled}")
     if settings.votes > 1:
-        words.append(f"majority of {settings.votes} runs")
+        words.append(f"weighted majority of {settings.votes} runs")
     return ", ".join(words)
 
 

@@ -303,14 +303,31 @@ def test_noise_moves_the_states_of_later_runs_alone() -> None:
     assert (plain != moved).all()
 
 
-def test_the_majority_decides_each_cell_and_confidence_its_ties() -> None:
-    puzzles, rows = boards(1), torch.tensor([0])
-    ballots = Ballots(1, puzzles, "majority", torch.device("cpu"))
-    for symbol, q_halt in ((2, 5.0), (3, 1.0), (4, -5.0)):
-        ballots.cast(rows, torch.full((1, 16), symbol), torch.tensor([q_halt]))
-    assert (ballots.winners() == 2).all()
-    ballots.cast(rows, torch.tensor([[4] * 8 + [3] * 8]), torch.tensor([-9.0]))
-    assert ballots.winners().tolist() == [[4] * 8 + [3] * 8]
+def elected(*votes: tuple[list[int], float]) -> list[int]:
+    """The majority of answers with their q_halt on one puzzle; each answer's 2 symbols are repeated to 16 cells."""
+    ballots = Ballots(1, boards(1), "majority", torch.device("cpu"))
+    for symbols, q_halt in votes:
+        answer = torch.tensor([[symbols[0]] * 8 + [symbols[1]] * 8])
+        ballots.cast(torch.tensor([0]), answer, torch.tensor([q_halt]))
+    return ballots.winners()[0, [0, 8]].tolist()
+
+
+@pytest.mark.parametrize("low", [-3.0, -10.0, -1000.0])
+def test_a_sure_run_outvotes_unsure_ones(low: float) -> None:
+    unsure = [([2, 3], low)] * 7
+    assert elected(*unsure, ([4, 5], 3.0)) == elected(([4, 5], 3.0), *unsure) == [4, 5]
+
+
+@pytest.mark.parametrize("q_halt", [10.0, 0.0, -10.0, -1000.0])
+def test_runs_as_sure_as_each_other_decide_each_cell_by_number(q_halt: float) -> None:
+    assert elected(([4, 2], q_halt)) == [4, 2]
+    assert elected(([2, 5], q_halt), ([4, 3], q_halt), ([4, 5], q_halt)) == [4, 5]
+
+
+@pytest.mark.parametrize("q_halt", [9.0, -10.0])
+def test_the_surer_of_two_runs_wins(q_halt: float) -> None:
+    """Also where both are as good as sure, or as good as sure to be wrong."""
+    assert elected(([2, 3], q_halt), ([4, 5], q_halt + 1)) == elected(([4, 5], q_halt + 1), ([2, 3], q_halt)) == [4, 5]
 
 
 def test_confidence_takes_the_answer_of_the_highest_q_halt() -> None:

@@ -197,7 +197,7 @@ def test_halting_and_votes_are_told(solver: Path) -> None:
     text = printed(solver, QUESTION, halting=True)
     assert "halted after 2 segments, the last of which still changed the answer" in text
     assert "ran 1 segment;" not in text and "not solved" in printed(solver, QUESTION, segments=1)
-    assert "majority of 2 runs" in printed(solver, QUESTION, votes=2)
+    assert "weighted majority of 2 runs" in printed(solver, QUESTION, votes=2)
 
 
 def test_a_terminal_sees_givens_bold_and_mistakes_red(solver: Path) -> None:
