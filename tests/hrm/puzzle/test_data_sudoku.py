@@ -212,19 +212,19 @@ def test_symmetries_are_all_drawn_and_no_others():
     """A 4 x 4 board's cells have 128 symmetries and its digits 24; one clue of a kind visits every cell equally."""
     count = 40_000
     places = np.arange(16, dtype=np.uint8)[None].repeat(count, 0)
-    cells = sudoku.SudokuAugmenter(4)._cells(count, np.random.default_rng(0))
+    cells = sudoku.SudokuAugmenter(4).cells(count, np.random.default_rng(0))
     assert len(np.unique(np.take_along_axis(places, cells, 1), axis=0)) == 128
     labels = np.tile(np.arange(2, 6, dtype=np.uint8), (count, 4))
     digits = sudoku.SudokuAugmenter(4).augment(labels, labels, np.random.default_rng(0))[1]
     shares = [np.bincount(digits[:, cell], minlength=6)[2:] / count for cell in range(16)]
     assert np.abs(np.array(shares) - 0.25).max() < 0.02
-    nine = sudoku.SudokuAugmenter(9)._cells(count, np.random.default_rng(0))
+    nine = sudoku.SudokuAugmenter(9).cells(count, np.random.default_rng(0))
     share = np.array([np.bincount(nine[:, cell], minlength=81) / count for cell in (0, 40, 77)])
     assert np.abs(share - 1 / 81).max() < 0.004
 
 
 def test_six_by_six_is_not_transposed():
-    cells = sudoku.SudokuAugmenter(6)._cells(500, np.random.default_rng(0)).reshape(-1, 6, 6)
+    cells = sudoku.SudokuAugmenter(6).cells(500, np.random.default_rng(0)).reshape(-1, 6, 6)
     assert (cells // 6 == cells[:, :, :1] // 6).all(), "rows stay rows"
 
 
