@@ -15,6 +15,7 @@ import torch
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from hrm.puzzle.config import PuzzleConfig
 from hrm.puzzle.curve import learning_curve
 from hrm.puzzle.data import BatchStream, PuzzleSet, load_puzzles
 from hrm.puzzle.engine import NO_STEP, Engine
@@ -72,6 +73,16 @@ def stages(depth: Any, steps: int, h_cycles: int, l_steps: int) -> list[Stage]:
                                            strict=True)]  # fmt: skip
 
 
+def set_depth(config: PuzzleConfig, full: PuzzleConfig, stages: list[Stage], step: int) -> None:
+    """Gives `config` the depth of the stage that `step` belongs to; gradient as far as `full` lets it, and through the
+    whole cycle where it does."""
+    stage = next(stage for stage in reversed(stages) if stage.first <= step)
+    whole = full.grad_l_steps == full.l_steps
+    config.h_cycles, config.l_steps = stage.h_cycles, stage.l_steps
+    config.grad_cycles = min(full.grad_cycles, stage.h_cycles)
+    config.grad_l_steps = stage.l_steps if whole else min(full.grad_l_steps, stage.l_steps)
+
+
 def learning_rate(step: int, settings: Any) -> float:
     """Share of the peak at `step` (from 0): a linear rise, then a cosine down to `lr_min_ratio`."""
     if step < settings.warmup_steps:
@@ -102,7 +113,7 @@ class PuzzleRun:
         )  # fmt: skip
         self.stream = BatchStream(training, train.batch_size, train.seed, settings.data.augment)
         self.stages = stages(train.depth, train.steps, config.h_cycles, config.l_steps)
-        self.whole_cycle = config.grad_l_steps == config.l_steps
+        self.config = config
         self.step, self.logged, self.seconds = 0, 0, 0.0
         self.folder = self._resume() if settings.run.resume else self._create()
         self._started = time.perf_counter() - self.seconds
@@ -137,11 +148,8 @@ class PuzzleRun:
         learning_curve(self.folder, self.folder / "curve.png")
 
     def _take_step(self, rows: Any) -> None:
-        train, config = self.settings.train, self.engine.model.config
-        stage = next(stage for stage in reversed(self.stages) if stage.first <= self.step)
-        config.h_cycles, config.l_steps = stage.h_cycles, stage.l_steps
-        config.grad_l_steps = stage.l_steps if self.whole_cycle else min(config.grad_l_steps, stage.l_steps)
-        config.grad_cycles = min(config.grad_cycles, stage.h_cycles)
+        train = self.settings.train
+        set_depth(self.engine.model.config, self.config, self.stages, self.step)
         factor = learning_rate(self.step, train)
         self.engine.step(self.step, rows, factor * train.lr, factor * train.embedding_lr)
         self.step += 1

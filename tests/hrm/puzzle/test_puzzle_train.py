@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ import pytest
 import torch
 from rich.console import Console
 
+from hrm.puzzle import PuzzleConfig
 from hrm.puzzle import settings as puzzle_settings
 from hrm.puzzle.engine import Engine
 from hrm.puzzle.saving import STATE, checkpoints, load_checkpoint, load_model
 from hrm.puzzle.settings import load_puzzle_settings
-from hrm.puzzle.train import learning_rate, stages, train_puzzle
+from hrm.puzzle.train import learning_rate, set_depth, stages, train_puzzle
 from hrm.settings import UsageError
 from hrm.train import Interrupted, TrainingError
 
@@ -169,6 +171,19 @@ def test_learning_rate() -> None:
 def test_stages_of_the_depth_curriculum() -> None:
     found = [(s.first, s.h_cycles, s.l_steps) for s in stages([[0.25, 1, 2], [0.5, 2, 3]], 100, 3, 6)]
     assert found == [(0, 1, 2), (25, 2, 3), (50, 3, 6)]
+
+
+def test_the_full_depth_comes_back_with_its_gradient() -> None:
+    full = PuzzleConfig(h_cycles=3, l_steps=4, grad_cycles=2, grad_l_steps=3)
+    config = replace(full)
+    plan = stages([[0.5, 1, 2]], 10, 3, 4)
+    set_depth(config, full, plan, 4)
+    assert (config.h_cycles, config.l_steps, config.grad_cycles, config.grad_l_steps) == (1, 2, 1, 2)
+    set_depth(config, full, plan, 5)
+    assert config == full
+    whole = PuzzleConfig.of("trm", l_steps=6)
+    set_depth(config, whole, stages([[0.5, 2, 8]], 10, 3, 6), 0)
+    assert config.grad_l_steps == 8
 
 
 @pytest.mark.parametrize(
