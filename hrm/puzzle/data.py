@@ -112,11 +112,28 @@ def read_npz(path: str | os.PathLike[str]) -> dict[str, NDArray]:
     """
     if not Path(path).is_file():
         raise UsageError(f"{path} is no file")
+    if not zipfile.is_zipfile(path):  # numpy would take anything else for a pickle, and advise to trust it
+        raise UsageError(f"{path} is no .npz file, or one cut short")
     try:
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, AttributeError) as error:
         raise UsageError(f"{path} is no .npz file of plain arrays ({error})") from error
+
+
+def check_writable(key: str, path: Path) -> None:
+    """Makes the folder of a file that a long job will write, so that the job does not fail at its end.
+
+    Raises:
+        UsageError: nothing can be written there; the message names `key`.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise UsageError(f"{key} is {str(path)!r}; nothing can be written there: {error.strerror}") from error
+    if path.is_dir():
+        raise UsageError(f"{key} is {str(path)!r}; it should be a file, and is a folder")
 
 
 def _umask() -> int:
@@ -244,7 +261,7 @@ def augmenter_of(puzzles: PuzzleSet) -> Augmenter:
     if puzzles.task == "sudoku":
         return sudoku.SudokuAugmenter(puzzles.side[0])
     if puzzles.task == "maze":
-        return maze.MazeAugmenter(puzzles.side)
+        return maze.MazeAugmenter(puzzles.side, maze.follows_rule(puzzles))
     return arc.ArcAugmenter(puzzles.side)
 
 

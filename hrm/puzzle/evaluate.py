@@ -261,7 +261,7 @@ def view_of(puzzles: PuzzleSet, count: int, seed: int, number: int, device: torc
         cells = sudoku.SudokuAugmenter(puzzles.side[0]).cells(count, rng)
         symbols[:, 2:] = rng.permuted(symbols[:, 2:], axis=1)  # padding and empty stay
     else:
-        symmetries = maze.MazeAugmenter(puzzles.side).symmetries  # the first leaves the maze as it is
+        symmetries = maze.symmetries(puzzles.side)  # the first leaves the maze as it is
         order = np.concatenate(([0], np.random.default_rng(seed).permutation(len(symmetries) - 1) + 1))
         cells = np.tile(symmetries[order[number % len(order)]], (count, 1))
     return View(*(torch.from_numpy(a).to(device) for a in (cells.astype(np.int16), symbols.astype(np.uint8))))

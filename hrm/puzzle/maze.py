@@ -29,22 +29,39 @@ _WALLS = 0.33, 0.41  # share of walls that is drawn from; the closing of other w
 class MazeAugmenter:
     """The eight symmetries of the square; the four that keep the shape where rows and columns differ in number.
 
+    Published labels follow one rule among the shortest ways (`shortest_ways`), which turning a maze breaks: what was
+    the first way by that rule is another one then, and no model could know which. So turned mazes are labelled anew.
+
     Source: HRM's published data set of mazes.
+
+    Args:
+        side: rows and columns.
+        relabel: whether labels follow the rule, as `follows_rule` says.
     """
 
-    def __init__(self, side: tuple[int, int]) -> None:
-        self.symmetries = _symmetries(side)
+    def __init__(self, side: tuple[int, int], relabel: bool) -> None:
+        self.side, self.relabel = side, relabel
 
     def augment(
         self, inputs: NDArray[np.uint8], labels: NDArray[np.uint8], rng: np.random.Generator
     ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         """Every row of `inputs` and `labels` (B, S) seen through a symmetry of its own."""
-        places = self.symmetries[rng.integers(len(self.symmetries), size=len(inputs))]
-        return np.take_along_axis(inputs, places, 1), np.take_along_axis(labels, places, 1)
+        every = symmetries(self.side)
+        places = every[rng.integers(len(every), size=len(inputs))]
+        inputs = np.take_along_axis(inputs, places, 1)
+        if self.relabel:
+            return inputs, shortest_ways(inputs, self.side)[0]
+        return inputs, np.take_along_axis(labels, places, 1)
+
+
+def follows_rule(puzzles: PuzzleSet) -> bool:
+    """Whether the labels of the first mazes are those of `shortest_ways`, as the published ones are."""
+    inputs, labels = puzzles.inputs[:64], puzzles.labels[:64]
+    return np.array_equal(shortest_ways(inputs, puzzles.side)[0], labels)
 
 
 @lru_cache(maxsize=4)
-def _symmetries(side: tuple[int, int]) -> NDArray[np.int64]:
+def symmetries(side: tuple[int, int]) -> NDArray[np.int64]:
     """Where each cell comes from, (8 or 4, S)."""
     cells = np.arange(side[0] * side[1]).reshape(side)
     flips = [cells, cells[::-1], cells[:, ::-1], cells[::-1, ::-1]]
@@ -54,7 +71,7 @@ def _symmetries(side: tuple[int, int]) -> NDArray[np.int64]:
 
 def canonical(maze: NDArray[np.uint8], side: tuple[int, int]) -> bytes:
     """The same for all symmetric copies of a maze (S,), and for these only."""
-    return min(copy.tobytes() for copy in maze[_symmetries(side)])
+    return min(copy.tobytes() for copy in maze[symmetries(side)])
 
 
 # ------------------------------------------------------------------------------------------------ ways

@@ -168,7 +168,9 @@ def test_a_prediction_is_right_when_it_is_a_shortest_way(prediction, right):
 
 def test_all_eight_symmetries_and_no_others(generated):
     puzzles = generated[0].subset([0] * 4000)
-    inputs, labels = maze.MazeAugmenter(puzzles.side).augment(puzzles.inputs, puzzles.labels, np.random.default_rng(0))
+    inputs, labels = maze.MazeAugmenter(puzzles.side, relabel=False).augment(
+        puzzles.inputs, puzzles.labels, np.random.default_rng(0)
+    )
     board = puzzles.inputs[0].reshape(12, 12)
     wanted = {np.rot90(b, k).tobytes() for b in (board, board.T) for k in range(4)}
     seen, counts = np.unique(inputs, axis=0, return_counts=True)
@@ -222,3 +224,19 @@ def test_full_size():
     assert (len(puzzles), len(held_out)) == (3, 0)
     with pytest.raises(UsageError, match=r"side is 4; it should be at least 5"):
         maze.generate(4, 1, 0, seed=0)
+
+
+def test_turned_mazes_with_several_shortest_ways_are_labelled_by_the_rule() -> None:
+    open_field = np.full((1, 25), 2, np.uint8)
+    open_field[0, 0], open_field[0, 24] = maze.START, maze.GOAL
+    labels = maze.shortest_ways(open_field, (5, 5))[0]
+    puzzles = maze.as_puzzles(open_field, labels, (5, 5))
+    assert maze.follows_rule(puzzles)
+    augmenter = maze.MazeAugmenter((5, 5), relabel=True)
+    many = np.repeat(open_field, 32, 0), np.repeat(labels, 32, 0)
+    inputs, found = augmenter.augment(*many, np.random.default_rng(0))
+    assert len(np.unique(inputs, axis=0)) == 4  # S and G in the corners: eight symmetries, two by two the same
+    assert np.array_equal(found, maze.shortest_ways(inputs, (5, 5))[0])
+    turned = maze.MazeAugmenter((5, 5), relabel=False).augment(*many, np.random.default_rng(0))[1]
+    assert not np.array_equal(found, turned)
+    assert not maze.follows_rule(maze.as_puzzles(inputs, turned, (5, 5)))
