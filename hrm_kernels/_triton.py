@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -173,23 +174,30 @@ HOPPER: dict[str, Entries] = {
 _overrides: dict[str, Config] = {}
 
 
-@contextmanager
-def override_config(**configs: Config) -> Iterator[None]:
+def override_config(**configs: Config) -> AbstractContextManager[None]:
     """Launches the named kernels (keys of `TABLE`) with other configurations inside the `with` block.
 
     Raises:
         ValueError: a name is no kernel of the table.
     """
+    return overridden("override_config", _overrides, TABLE, configs)
+
+
+@contextmanager
+def overridden(
+    function: str, overrides: dict[str, Any], table: Mapping[str, Any], configs: Mapping[str, Any]
+) -> Iterator[None]:
+    """`configs` among `overrides` inside the `with` block of `function`; their names are those of `table`."""
     for name in configs:
-        if name not in TABLE:
-            raise ValueError(f"override_config: {name!r} is no kernel; it should be one of {', '.join(TABLE)}")
-    previous = dict(_overrides)
-    _overrides.update(configs)
+        if name not in table:
+            raise ValueError(f"{function}: {name!r} is no kernel; it should be one of {', '.join(table)}")
+    previous = dict(overrides)
+    overrides.update(configs)
     try:
         yield
     finally:
-        _overrides.clear()
-        _overrides.update(previous)
+        overrides.clear()
+        overrides.update(previous)
 
 
 @cache

@@ -12,8 +12,7 @@ the I hidden values of a channel reach memory. Nothing is saved without graph; w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
 
@@ -33,6 +32,7 @@ from hrm_kernels._triton import (
     halve_for_silu,
     jit,
     multiprocessors,
+    overridden,
     sigmoid,
     silu_times,
     tl,
@@ -335,24 +335,13 @@ MIXER_HOPPER: dict[str, Entries] = {
 _overrides: dict[str, MixerConfig] = {}
 
 
-@contextmanager
-def override_mixer_config(**configs: MixerConfig) -> Iterator[None]:
+def override_mixer_config(**configs: MixerConfig) -> AbstractContextManager[None]:
     """Launches the named kernels (keys of `MIXER_TABLE`) with other configurations inside the `with` block.
 
     Raises:
         ValueError: a name is no kernel of the table.
     """
-    for name in configs:
-        if name not in MIXER_TABLE:
-            should = ", ".join(MIXER_TABLE)
-            raise ValueError(f"override_mixer_config: {name!r} is no kernel; it should be one of {should}")
-    previous = dict(_overrides)
-    _overrides.update(configs)
-    try:
-        yield
-    finally:
-        _overrides.clear()
-        _overrides.update(previous)
+    return overridden("override_mixer_config", _overrides, MIXER_TABLE, configs)
 
 
 @cache
