@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from hrm.data import first_line
 from hrm.puzzle import arc, maze, sudoku
-from hrm.puzzle.data import TASKS, PuzzleSet, TextRow, guess_task, load_puzzles, read_rows
+from hrm.puzzle.data import TASKS, PuzzleSet, TextRow, check_writable, guess_task, load_puzzles, read_rows
 from hrm.puzzle.sudoku import Rated
 from hrm.settings import UsageError, nearest
 
@@ -67,9 +67,11 @@ def make_data(settings: Any, say: Callable[[str], None] = print) -> None:
     _check(settings)
     output = Path(settings.output)
     aside = Path(settings.held_out_output or output.with_name(f"{output.stem}-held-out.npz"))
-    for path in (output, aside) if settings.held_out or settings.task == "arc" else (output,):
+    two = settings.held_out or settings.task == "arc"
+    for key, path in (("output", output), ("held_out_output", aside))[: 2 if two else 1]:
         if path.exists() and not settings.overwrite:
             raise UsageError(f"{path} is there already; overwrite=true replaces it")
+        check_writable(key, path)
     if settings.task == "arc":
         shown, held_out = (Rated(p, None) for p in _arc(settings))
     elif settings.path is None and settings.dataset is None:

@@ -131,7 +131,8 @@ def check_writable(key: str, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
-        raise UsageError(f"{key} is {str(path)!r}; nothing can be written there: {error.strerror}") from error
+        why = f"{path.parent} is no folder" if path.parent.exists() and not path.parent.is_dir() else error.strerror
+        raise UsageError(f"{key} is {str(path)!r}; nothing can be written there: {why}") from error
     if path.is_dir():
         raise UsageError(f"{key} is {str(path)!r}; it should be a file, and is a folder")
 

@@ -44,6 +44,8 @@ def load_model(path: str | os.PathLike[str]) -> tuple[PuzzleModel, dict[str, Any
     folder = Path(path)
     if (folder / MODEL / CONFIG).is_file():
         folder = folder / MODEL
+    if not (folder / CONFIG).is_file():
+        raise UsageError(f"{path} holds no model; it should be a run folder with a checkpoint, or a model's folder")
     about = _read_json(folder / CONFIG)
     if not isinstance(about.get("model"), dict):
         raise UsageError(f"{folder / CONFIG} describes no puzzle model")

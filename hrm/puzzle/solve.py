@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 from hrm.puzzle import maze, sudoku
-from hrm.puzzle.data import PuzzleSet, TextRow, load_puzzles
+from hrm.puzzle.data import PuzzleSet, TextRow, check_writable, load_puzzles
 from hrm.puzzle.evaluate import Ballots, Thinker, check_votes, rows_of, thinking, view_of, vote_of
 from hrm.puzzle.saving import load_model
 from hrm.puzzle.solver import BOXES
@@ -91,9 +91,13 @@ def solve(settings: Any, lines: TextIO | None = None, console: Console | None = 
     chunks = _from_lines(lines or sys.stdin, task) if from_lines else _from_file(Path(settings.path), task)
     count, solved, started = 0, 0, time.perf_counter()
     with thinking(model, settings.segments, settings.halting) as thinker:
-        for puzzles in chunks:
+        for source, puzzles in chunks:
             check_votes(puzzles, settings.votes)
-            for index, solution in enumerate(solutions(thinker, puzzles, settings.votes, settings.seed)):
+            try:
+                found = solutions(thinker, puzzles, settings.votes, settings.seed)
+            except UsageError as error:
+                raise UsageError(f"{source}: {error}") from error
+            for index, solution in enumerate(found):
                 verdict = judge(puzzles, index, solution.answer)
                 count, solved = count + 1, solved + bool(verdict.solved)
                 if count == 1 and settings.picture:
@@ -118,6 +122,7 @@ def check_solving(settings: Any) -> None:
         from hrm.puzzle.picture import check_format  # takes half a second, which most calls need not wait for
 
         check_format(Path(settings.picture))
+        check_writable("picture", Path(settings.picture))
 
 
 def solutions(thinker: Thinker, puzzles: PuzzleSet, votes: int = 1, seed: int = 0) -> list[Solution]:
@@ -145,16 +150,17 @@ def solutions(thinker: Thinker, puzzles: PuzzleSet, votes: int = 1, seed: int = 
 # ------------------------------------------------------------------------------------------------ reading
 
 
-def _from_file(path: Path, task: str) -> Iterator[PuzzleSet]:
+def _from_file(path: Path, task: str) -> Iterator[tuple[str, PuzzleSet]]:
+    """Several puzzles at a time, and where they stand."""
     puzzles = load_puzzles(path, task, check_unique=False)
     for start in range(0, len(puzzles), TOGETHER):
-        yield puzzles.subset(slice(start, start + TOGETHER))
+        yield str(path), puzzles.subset(slice(start, start + TOGETHER))
 
 
-def _from_lines(lines: Iterable[str], task: str) -> Iterator[PuzzleSet]:
+def _from_lines(lines: Iterable[str], task: str) -> Iterator[tuple[str, PuzzleSet]]:
     """Each line by itself, as soon as it is there; empty ones are passed over."""
     if task == "arc":
-        raise UsageError("path is null; it should be an .npz file, since ARC's grids are not read from lines")
+        raise UsageError("path is missing; it should be an .npz file, since ARC's grids are not read from lines")
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -166,7 +172,7 @@ def _from_lines(lines: Iterable[str], task: str) -> Iterator[PuzzleSet]:
             puzzles = rated.puzzles
         if refused:
             raise UsageError(refused[0])
-        yield puzzles
+        yield row.source, puzzles
 
 
 # ------------------------------------------------------------------------------------------------ judging
@@ -325,5 +331,4 @@ def _draw(path: Path, puzzles: PuzzleSet, solution: Solution) -> None:
     from hrm.puzzle.picture import thought_picture
 
     wrong = np.stack([judge(puzzles, 0, thought).wrong for thought in solution.thoughts])
-    path.parent.mkdir(parents=True, exist_ok=True)
     thought_picture(path, puzzles.task, puzzles.side, puzzles.inputs[0], solution.thoughts, wrong)

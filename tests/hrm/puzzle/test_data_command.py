@@ -138,6 +138,9 @@ def test_files_are_not_overwritten(run, tmp_path):
         run("task=sudoku", "side=4", "size=6")
     assert len(PuzzleSet.load(tmp_path / "out.npz")) == 5
     assert len(run("task=sudoku", "side=4", "size=6", "overwrite=true")[1]) == 6
+    (tmp_path / "folder.npz").mkdir()
+    with pytest.raises(UsageError, match=r"output is '.*folder.npz'; it should be a file"):
+        run("task=sudoku", "side=4", "size=6", f"output={tmp_path}/folder.npz", "overwrite=true")
     (tmp_path / "out-held-out.npz").write_text("mine")
     with pytest.raises(UsageError, match=r"out-held-out.npz is there already"):
         run("task=sudoku", "side=4", "size=6", "held_out=1", "overwrite=false", f"output={tmp_path}/out2.npz",
@@ -156,6 +159,11 @@ def test_files_are_not_overwritten(run, tmp_path):
         (["task=sudoku", "held_out=-1"], "held_out is -1; it should be at least 0"),
         (["task=sudoku", "side=5"], "side is 5; it should be one of 4, 6, 9"),
         (["task=arc", "dataset=b"], "task is 'arc' and dataset given"),
+        (
+            ["task=sudoku", "output=/dev/null/a.npz"],
+            "output is '/dev/null/a.npz'; nothing can be written there: /dev/null is no",
+        ),
+        (["task=sudoku", "held_out=1", "held_out_output=/dev/null/a.npz"], "held_out_output is '/dev/null/a.npz'"),
     ],
 )
 def test_settings_that_make_no_sense(run, overrides, message):

@@ -264,7 +264,8 @@ def test_the_picture_shows_every_segment(ending: str, run: Path, tmp_path: Path)
         ("", {"votes": 0}, "votes is 0"),
         ("", {"picture": "a.jpg"}, "picture is 'a.jpg'"),
         ("", {"run": None}, "run is missing"),
-        ("", {"run": "no/such/run"}, "no/such/run"),
+        ("", {"run": "no/such/run"}, "no/such/run holds no model"),
+        ("", {"picture": "/dev/null/a.png"}, "picture is '/dev/null/a.png'; nothing can be written there"),
     ],
 )
 def test_what_cannot_be_used_is_named(lines: str, values: dict[str, Any], message: str, run: Path) -> None:
@@ -272,7 +273,10 @@ def test_what_cannot_be_used_is_named(lines: str, values: dict[str, Any], messag
         printed(values.pop("run", run), lines, **values)
 
 
-def test_puzzles_of_another_size_than_the_models_are_refused(run: Path) -> None:
+def test_puzzles_of_another_size_than_the_models_are_refused(run: Path, tmp_path: Path) -> None:
     nine = "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"
-    with pytest.raises(UsageError, match="puzzles have 81 cells; they should have 16"):
-        printed(run, nine)
+    with pytest.raises(UsageError, match="line 2: puzzles have 81 cells; they should have 16"):
+        printed(run, f"{QUESTION}\n{nine}")
+    (tmp_path / "nine.txt").write_text(nine)
+    with pytest.raises(UsageError, match=r"nine.txt: puzzles have 81 cells; they should have 16"):
+        printed(run, path=str(tmp_path / "nine.txt"))
