@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hrm.puzzle import maze, sudoku
+from hrm.puzzle.config import PuzzleConfig
 from hrm.puzzle.data import IGNORED, PuzzleSet
 from hrm.puzzle.model import PuzzleCarry, PuzzleModel, Weights
 from hrm.settings import UsageError
@@ -181,7 +182,7 @@ def predict(
 
     Arguments and errors as those of `evaluate`; the puzzles need no answers.
     """
-    rows = _some_rows(model, puzzles)
+    rows = rows_of(model, puzzles)
     answers = torch.empty_like(rows.inputs)
     q_halt = torch.empty(len(answers), device=model.device)
     with thinking(model, segments, halting) as thinker:
@@ -370,7 +371,15 @@ def rows_of(model: PuzzleModel, puzzles: PuzzleSet) -> Rows:
     Raises:
         UsageError: puzzles of another size, vocabulary or embedding than the model's.
     """
-    config = model.config
+    check_fit(model.config, puzzles)
+    arrays = (puzzles.inputs, puzzles.labels, puzzles.puzzle_ids)
+    return Rows(*(torch.from_numpy(np.ascontiguousarray(array)).to(model.device) for array in arrays))
+
+
+def check_fit(config: PuzzleConfig, puzzles: PuzzleSet, scored: bool = False) -> None:
+    """Raises a UsageError where a model of `config` cannot take `puzzles`, or, `scored`, where these lack answers."""
+    if not len(puzzles):
+        raise UsageError("puzzles is empty; it should have at least one")
     for what, has, takes in (("cells", puzzles.inputs.shape[1], config.seq_len),
                              ("symbols", puzzles.vocab_size, config.vocab_size)):  # fmt: skip
         if has != takes:
@@ -380,23 +389,15 @@ def rows_of(model: PuzzleModel, puzzles: PuzzleSet) -> Rows:
         raise UsageError(
             f"puzzles have {puzzles.num_puzzle_ids} puzzle ids; they should have at most {known}, as the model's"
         )
-    arrays = (puzzles.inputs, puzzles.labels, puzzles.puzzle_ids)
-    return Rows(*(torch.from_numpy(np.ascontiguousarray(array)).to(model.device) for array in arrays))
+    if scored and not (known := puzzles.labels.any(1)).all():
+        raise UsageError(f"puzzle {int(known.argmin()) + 1} has no answer; it should have one to be scored")
 
 
 def _scored_rows(model: PuzzleModel, puzzles: PuzzleSet, limit: int | None) -> Rows:
     if limit is not None and limit < 1:
         raise UsageError(f"limit is {limit}; it should be at least 1, or None")
     puzzles = puzzles if limit is None else puzzles.subset(slice(limit))
-    rows = _some_rows(model, puzzles)
-    if not (known := puzzles.labels.any(1)).all():
-        raise UsageError(f"puzzle {int(known.argmin()) + 1} has no answer; it should have one to be scored")
-    return rows
-
-
-def _some_rows(model: PuzzleModel, puzzles: PuzzleSet) -> Rows:
-    if not len(puzzles):
-        raise UsageError("puzzles is empty; it should have at least one")
+    check_fit(model.config, puzzles, scored=True)
     return rows_of(model, puzzles)
 
 

@@ -9,7 +9,10 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
+from hrm.data import first_line
 from hrm.puzzle.config import MODELS, PuzzleConfig
 from hrm.puzzle.engine import OPTIMIZERS
 from hrm.settings import UsageError, load_settings, nearest, require, section_of
@@ -140,7 +143,10 @@ def _resumed(folder: str, overrides: Sequence[str]) -> Any:
     path = Path(folder) / "config.yaml"
     if not path.is_file():
         raise UsageError(f"run.resume is {folder!r}; it should be a run folder, with a config.yaml")
-    settings = OmegaConf.merge(OmegaConf.structured(PuzzleTrainingSettings), OmegaConf.load(path))
+    try:
+        settings = OmegaConf.merge(OmegaConf.structured(PuzzleTrainingSettings), OmegaConf.load(path))
+    except (OmegaConfBaseException, YAMLError, OSError, ValueError) as error:
+        raise UsageError(f"{path} holds no settings of a puzzle run: {first_line(error)}") from error
     settings.run.resume = folder
     return settings
 
@@ -157,12 +163,14 @@ def check_puzzle_training(settings: Any) -> None:
         "train.weight_decay",
         "train.embedding_weight_decay",
         "train.clip",
+        "train.seed",
         "eval.every",
     ):
         require(settings, name, lambda value: value >= 0, "at least 0")
     require(settings, "train.lr_min_ratio", lambda value: 0 <= value <= 1, "from 0 to 1")
     require(settings, "train.ema", lambda value: 0 <= value < 1, "from 0 to below 1")
     require(settings, "train.optimizer", lambda value: value in OPTIMIZERS, " or ".join(OPTIMIZERS))
+    require(settings, "eval.limit", lambda value: value is None or value >= 1, "at least 1, or null")
     require(settings, "train.depth", _is_depth, "[[share, h_cycles, l_steps], ...] with rising shares below 1")
 
 

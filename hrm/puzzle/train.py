@@ -19,7 +19,7 @@ from hrm.puzzle.config import PuzzleConfig
 from hrm.puzzle.curve import learning_curve
 from hrm.puzzle.data import BatchStream, PuzzleSet, load_puzzles
 from hrm.puzzle.engine import NO_STEP, Engine
-from hrm.puzzle.evaluate import Evaluation, evaluate
+from hrm.puzzle.evaluate import Evaluation, check_fit, evaluate
 from hrm.puzzle.model import PuzzleModel
 from hrm.puzzle.saving import MODEL, checkpoints, load_checkpoint, save_checkpoint, save_model
 from hrm.puzzle.settings import model_config
@@ -91,6 +91,14 @@ def learning_rate(step: int, settings: Any) -> float:
     return settings.lr_min_ratio + (1 - settings.lr_min_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def _check_test(config: PuzzleConfig, test: PuzzleSet) -> None:
+    """Now and not at the first evaluation, which may be hours away."""
+    try:
+        check_fit(config, test, scored=True)
+    except UsageError as error:
+        raise UsageError(f"data.test_path: {error}") from error
+
+
 class PuzzleRun:
     """One training run and its folder: config.yaml, metrics.jsonl, evaluations.jsonl, checkpoints/, model/, at the
     end curve.png."""
@@ -101,6 +109,8 @@ class PuzzleRun:
         sizes = {"vocab_size": training.vocab_size, "seq_len": training.side[0] * training.side[1],
                  "num_puzzle_ids": training.num_puzzle_ids}  # fmt: skip
         config = model_config(settings, **sizes)
+        if test is not None:
+            _check_test(config, test)
         torch.manual_seed(settings.train.seed)
         if torch.cuda.is_available():
             torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
@@ -253,5 +263,7 @@ class PuzzleRun:
             path = folder / name
             if path.is_file():
                 whole = [text for text in path.read_text().splitlines(keepends=True) if text.endswith("\n")]
-                kept = [text for text in whole if json.loads(text)["step"] <= step]
+                # the last evaluation is made again also where training was over
+                last = step if name == "metrics.jsonl" else min(step, self.settings.train.steps - 1)
+                kept = [text for text in whole if json.loads(text)["step"] <= last]
                 path.write_text("".join(kept))

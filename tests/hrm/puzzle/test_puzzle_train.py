@@ -20,6 +20,7 @@ from hrm.puzzle import settings as puzzle_settings
 from hrm.puzzle.engine import Engine
 from hrm.puzzle.saving import STATE, checkpoints, load_checkpoint, load_model
 from hrm.puzzle.settings import load_puzzle_settings
+from hrm.puzzle.sudoku import generate
 from hrm.puzzle.train import learning_rate, set_depth, stages, train_puzzle
 from hrm.settings import UsageError
 from hrm.train import Interrupted, TrainingError
@@ -138,6 +139,28 @@ def test_the_saved_model_is_the_averaged_one(tmp_path: Path) -> None:
     assert about == {"task": "sudoku", "side": [4, 4], "vocab_size": 6}
 
 
+def test_a_test_set_that_does_not_fit_is_refused_before_training(tmp_path: Path) -> None:
+    generate(4, 3, 0, 0)[0].puzzles.save(tmp_path / "four.npz")
+    generate(6, 3, 0, 0)[0].puzzles.save(tmp_path / "six.npz")
+    with pytest.raises(UsageError, match=r"data.test_path: puzzles have 36 cells; they should have 16"):
+        run(tmp_path / "runs", f"data.path={tmp_path}/four.npz", f"data.test_path={tmp_path}/six.npz")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_finished_run_is_evaluated_once(tmp_path: Path) -> None:
+    folder = run(tmp_path, "train.steps=2")
+    before = lines(folder, "evaluations.jsonl")
+    resume(folder)
+    assert lines(folder, "evaluations.jsonl") == before and len(before) == 1
+
+
+@pytest.mark.parametrize("text", ["x: [", "trian:\n  steps: 3\n", "train:\n  steps: many\n"])
+def test_damaged_settings_of_a_run_are_named(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(UsageError, match=r"config.yaml holds no settings of a puzzle run: \S"):
+        resume(tmp_path)
+
+
 def test_a_signal_saves_and_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = ("train.steps=8", "train.log_every=4")
     whole = run(tmp_path / "whole", *options)
@@ -195,6 +218,8 @@ def test_the_full_depth_comes_back_with_its_gradient() -> None:
         ("train.optimizer=sgd", "adamw or muon"),
         ("hrm.hidden_size=33", "hrm.num_heads is 2"),
         ("data.path=missing.csv", "missing.csv is no file"),
+        ("train.seed=-1", "train.seed is -1"),
+        ("eval.limit=0", "eval.limit is 0"),
         ("train.stps=3", "the nearest is 'train.steps'"),
     ],
 )
