@@ -389,8 +389,8 @@ def check_fit(config: PuzzleConfig, puzzles: PuzzleSet, scored: bool = False) ->
         raise UsageError(
             f"puzzles have {puzzles.num_puzzle_ids} puzzle ids; they should have at most {known}, as the model's"
         )
-    if scored and not (known := puzzles.labels.any(1)).all():
-        raise UsageError(f"puzzle {int(known.argmin()) + 1} has no answer; it should have one to be scored")
+    if scored and not (answered := puzzles.labels.any(axis=1)).all():
+        raise UsageError(f"puzzle {int(answered.argmin()) + 1} has no answer; it should have one to be scored")
 
 
 def _scored_rows(model: PuzzleModel, puzzles: PuzzleSet, limit: int | None) -> Rows:
