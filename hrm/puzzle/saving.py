@@ -111,8 +111,10 @@ def _replace_folder(folder: Path, fill: Any) -> None:
             shutil.rmtree(folder)
         os.replace(place, folder)
         _to_disk(folder.parent)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(place, ignore_errors=True)
+        if isinstance(error, (OSError, SafetensorError)):  # a full disk is either
+            raise UsageError(f"{folder} cannot be written: {error}") from error
         raise
 
 

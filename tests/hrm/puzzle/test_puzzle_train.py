@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from safetensors import SafetensorError
 
 from hrm.puzzle import PuzzleConfig
 from hrm.puzzle import settings as puzzle_settings
 from hrm.puzzle.engine import Engine
-from hrm.puzzle.saving import STATE, checkpoints, load_checkpoint, load_model
+from hrm.puzzle.saving import STATE, checkpoints, load_checkpoint, load_model, save_checkpoint
 from hrm.puzzle.settings import load_puzzle_settings
 from hrm.puzzle.sudoku import generate
 from hrm.puzzle.train import learning_rate, set_depth, stages, train_puzzle
@@ -145,6 +146,21 @@ def test_a_test_set_that_does_not_fit_is_refused_before_training(tmp_path: Path)
     with pytest.raises(UsageError, match=r"data.test_path: puzzles have 36 cells; they should have 16"):
         run(tmp_path / "runs", f"data.path={tmp_path}/four.npz", f"data.test_path={tmp_path}/six.npz")
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")])
+def test_a_full_disk_is_named_and_the_last_checkpoint_stays(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = run(tmp_path, "train.steps=2")
+
+    def full(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("hrm.puzzle.saving.save_file", full)
+    with pytest.raises(UsageError, match=r"step-00000003 cannot be written: .*No space left on device"):
+        save_checkpoint(folder, 3, {"a": torch.zeros(3)}, {})
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000002"]
 
 
 def test_a_finished_run_is_evaluated_once(tmp_path: Path) -> None:
