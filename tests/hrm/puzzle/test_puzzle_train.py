@@ -255,8 +255,8 @@ def test_every_preset_makes_a_model() -> None:
 
 
 def test_4x4_sudoku_is_learnt(tmp_path: Path) -> None:
-    """The main job on a CPU, end to end: most of the puzzles that it never saw. Half the preset's width, batch and
-    steps, which takes a fraction of its time; 96 % were right when this was written."""
+    """The main job on a CPU, end to end: most of the puzzles that it never saw. Half the preset's width and
+    batch and fewer steps, which takes a fraction of its time; 96 % were right when this was written."""
     smaller = ["hrm.hidden_size=64", "hrm.num_heads=2", "train.batch_size=32", "train.steps=200", "train.lr=2e-3"]
     settings = load_puzzle_settings(["puzzle=sudoku-4x4", f"run.folder={tmp_path}", "eval.every=0", *smaller])
     folder = train_puzzle(settings, Console(quiet=True))
