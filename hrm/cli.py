@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -17,7 +17,7 @@ from rich.console import Console
 
 from hrm.puzzle.command_data import DataSettings
 from hrm.puzzle.command_evaluate import EvaluateSettings
-from hrm.puzzle.settings import PuzzleTrainingSettings, load_puzzle_settings
+from hrm.puzzle.settings import PuzzleTrainingSettings, load_puzzle_settings, preset_of
 from hrm.puzzle.solve import SolveSettings
 from hrm.settings import (
     GenerateSettings,
@@ -172,7 +172,7 @@ def _dispatch(words: list[str]) -> int:
         raise UsageError(f"unknown verb {name!r}{nearest(name, list(VERBS))}; see hrm --help")
     verb = VERBS[name]
     if name == "train" and any(word.startswith(("puzzle=", "run.resume=")) for word in overrides):
-        verb = PUZZLE_TRAINING
+        verb = replace(PUZZLE_TRAINING, defaults=lambda: preset_of([w for w in overrides if not w.startswith("-")]))
     if name == "solve":  # hrm solve FILE
         overrides = [word if "=" in word or word.startswith("--") else f"path={word}" for word in overrides]
     if any(word in ("-h", "--help") for word in overrides):
@@ -206,6 +206,9 @@ def _run(verb: Verb, settings: Any) -> int:
     except Interrupted as error:
         print(f"hrm: {error}", file=sys.stderr)
         return 130
+    except OSError as error:  # a full disk, a closed pipe
+        print(f"hrm: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -119,6 +119,20 @@ def load_puzzle_settings(overrides: Sequence[str]) -> Any:
     given = load_settings(PuzzleTrainingSettings, overrides)
     if given.run.resume is not None:
         return _resumed(given.run.resume, overrides)
+    chosen = preset_of(overrides)
+    names = [f"{key}={chosen[key]}" for key in ("puzzle", "model")]
+    settings = load_settings(PuzzleTrainingSettings, [*overrides, *names], chosen)
+    check_puzzle_training(settings)
+    return settings
+
+
+def preset_of(overrides: Sequence[str]) -> dict[str, Any]:
+    """The preset that `overrides` choose by puzzle and model, with these two in it.
+
+    Raises:
+        UsageError: an override, puzzle or model that there is not.
+    """
+    given = load_settings(PuzzleTrainingSettings, overrides)
     puzzle, model = given.puzzle, given.model
     if puzzle not in DEFAULT_MODEL:
         raise UsageError(f"puzzle is {puzzle!r}{nearest(puzzle, list(DEFAULT_MODEL))}")
@@ -127,13 +141,10 @@ def load_puzzle_settings(overrides: Sequence[str]) -> Any:
     model = model or DEFAULT_MODEL[puzzle]
     if model not in MODELS:
         raise UsageError(f"model is {model!r}; it should be one of {', '.join(MODELS)}")
-    preset = PRESETS / f"{puzzle}-{model}.yaml"
-    defaults = OmegaConf.to_container(OmegaConf.load(preset)) if preset.is_file() else {}
-    assert isinstance(defaults, dict)
-    chosen = [f"puzzle={puzzle}", f"model={model}"]
-    settings = load_settings(PuzzleTrainingSettings, [*overrides, *chosen], defaults)  # type: ignore[arg-type]
-    check_puzzle_training(settings)
-    return settings
+    path = PRESETS / f"{puzzle}-{model}.yaml"
+    preset = OmegaConf.to_container(OmegaConf.load(path)) if path.is_file() else {}
+    assert isinstance(preset, dict)
+    return {**preset, "puzzle": puzzle, "model": model}  # type: ignore[dict-item]
 
 
 def _resumed(folder: str, overrides: Sequence[str]) -> Any:

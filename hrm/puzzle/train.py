@@ -138,7 +138,10 @@ class PuzzleRun:
 
     def train(self) -> None:
         """Steps until the end, with evaluations and checkpoints on the way."""
-        total, every = self.settings.train.steps, self.settings.eval.every
+        total = self.settings.train.steps
+        if self._due() and not self._evaluated():  # the run was cut short between a checkpoint and its evaluation
+            set_depth(self.engine.model.config, self.config, self.stages, self.step - 1)
+            self._evaluate(self.settings.eval.limit)
         with ThreadPoolExecutor(1) as ahead, StopOnInterrupt() as stop, progress_bar(self.console) as progress:
             bar = progress.add_task("Training", total=total, completed=self.step, text="")
             batch = ahead.submit(self.stream.batch, self.step)
@@ -152,10 +155,18 @@ class PuzzleRun:
                     self._save()
                 if stop.asked:
                     raise Interrupted(f"stopped after step {self.step} of {total}; go on with run.resume={self.folder}")
-                if every and self.step % every == 0 and self.step < total:
+                if self._due():
                     self._evaluate(self.settings.eval.limit)
         self._evaluate(None)
         learning_curve(self.folder, self.folder / "curve.png")
+
+    def _due(self) -> bool:
+        every = self.settings.eval.every
+        return bool(every and self.step and self.step % every == 0 and self.step < self.settings.train.steps)
+
+    def _evaluated(self) -> bool:
+        path = self.folder / "evaluations.jsonl"
+        return path.is_file() and any(json.loads(line)["step"] == self.step for line in path.read_text().splitlines())
 
     def _take_step(self, rows: Any) -> None:
         train = self.settings.train
