@@ -112,7 +112,7 @@ class PuzzleRun:
         if test is not None:
             _check_test(config, test)
         torch.manual_seed(settings.train.seed)
-        if torch.cuda.is_available():  # weight gradients are long sums: cuBLAS may otherwise add their parts in bfloat16
+        if torch.cuda.is_available():  # or cuBLAS may add the parts of a weight gradient's long sums in bfloat16
             torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         model = PuzzleModel(config).to("cuda" if torch.cuda.is_available() else "cpu").train()
         train = settings.train
