@@ -6,7 +6,10 @@ import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 T = TypeVar("T")
 
@@ -21,8 +24,44 @@ def from_mapping(kind: type[T], values: Mapping[str, Any]) -> T:
     return kind(**values)
 
 
+class CheckedConfig:
+    """What the settings of all models share: JSON's forms, and checks that name the field."""
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Inverse of `to_dict`; an unknown key raises a ValueError that names the nearest field."""
+        return from_mapping(cls, values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, JSON-serialisable."""
+        return asdict(self)  # type: ignore[call-overload]
+
+    def _check_count(self, name: str, least: int = 1) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            self._fail(name, f"a whole number, at least {least}")
+
+    def _check_reach(self) -> None:
+        """The gradient reaches no further than there are cycles and steps."""
+        for name, limit in (("grad_cycles", "h_cycles"), ("grad_l_steps", "l_steps")):
+            if getattr(self, name) > getattr(self, limit):
+                self._fail(name, f"from 1 to {limit} = {getattr(self, limit)}")
+
+    def _check_positive(self, *names: str) -> None:
+        for name in names:
+            if not (is_number(getattr(self, name)) and getattr(self, name) > 0):
+                self._fail(name, "a finite number above 0")
+
+    def _check_weight(self, name: str) -> None:
+        if not (is_number(getattr(self, name)) and getattr(self, name) >= 0):
+            self._fail(name, "a finite number, at least 0")
+
+    def _fail(self, name: str, should: str) -> None:
+        raise ValueError(f"{type(self).__name__}: {name} is {getattr(self, name)!r}; it should be {should}")
+
+
 @dataclass
-class HRMConfig:
+class HRMConfig(CheckedConfig):
     """What an `HRMCore` is made of and how it runs; equations and letters as in docs/equations.md.
 
     Every field has a default; a wrong value raises a ValueError that names the field, what it was and what is allowed.
@@ -73,15 +112,6 @@ class HRMConfig:
         self._check_choices()
         self._check_sizes()
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> HRMConfig:
-        """Inverse of `to_dict`; an unknown key raises a ValueError that names the nearest field."""
-        return from_mapping(cls, values)
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields, JSON-serialisable."""
-        return asdict(self)
-
     def _fill_in(self) -> None:
         for name in ("d_h", "segments", "max_segments", "attn_heads"):  # what the lines below compute with
             if getattr(self, name) is not None:
@@ -104,14 +134,9 @@ class HRMConfig:
             "attn_kv_heads",
         ):
             self._check_count(name)
-        for name, limit in (("grad_cycles", "h_cycles"), ("grad_l_steps", "l_steps")):
-            if getattr(self, name) > getattr(self, limit):
-                self._fail(name, f"from 1 to {limit} = {getattr(self, limit)}")
-        for name in ("rope_theta", "norm_eps"):
-            if not (is_number(getattr(self, name)) and getattr(self, name) > 0):
-                self._fail(name, "a finite number above 0")
-        if not (is_number(self.q_loss_weight) and self.q_loss_weight >= 0):
-            self._fail("q_loss_weight", "a finite number, at least 0")
+        self._check_reach()
+        self._check_positive("rope_theta", "norm_eps")
+        self._check_weight("q_loss_weight")
 
     def _check_choices(self) -> None:
         if self.l_reset not in ("carry", "init"):
@@ -136,14 +161,6 @@ class HRMConfig:
         if self.attn_heads % self.attn_kv_heads:
             self._fail("attn_kv_heads", f"a divisor of attn_heads = {self.attn_heads}")
 
-    def _check_count(self, name: str) -> None:
-        value = getattr(self, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            self._fail(name, "a whole number, at least 1")
-
-    def _fail(self, name: str, should: str) -> None:
-        raise ValueError(f"HRMConfig: {name} is {getattr(self, name)!r}; it should be {should}")
-
 
 def is_number(value: object) -> bool:
     """Whether `value` is a finite int or float, and no bool."""
@@ -155,7 +172,7 @@ def _largest_divisor(number: int, limit: int) -> int:
     return next((candidate for candidate in range(limit, 1, -1) if number % candidate == 0), 1)
 
 
-def check_fused(fused: object) -> None:
-    """`fused` is True, False or "auto"; a ValueError else."""
+def check_fused(fused: object, kind: str = "HRMConfig") -> None:
+    """`fused` is True, False or "auto"; a ValueError that names the settings' `kind` else."""
     if not isinstance(fused, bool) and fused != "auto":
-        raise ValueError(f"HRMConfig: fused is {fused!r}; it should be True, False or 'auto'")
+        raise ValueError(f"{kind}: fused is {fused!r}; it should be True, False or 'auto'")

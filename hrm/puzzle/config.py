@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-from hrm.config import check_fused, from_mapping, is_number
+from hrm.config import CheckedConfig, check_fused, is_number
 
 MODELS = ("hrm", "trm", "trm-mlp")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
 @dataclass
-class PuzzleConfig:
+class PuzzleConfig(CheckedConfig):
     """What a `PuzzleModel` is made of and how it runs. The defaults are HRM's (arXiv 2506.21734) on 9 x 9 Sudoku;
     `PuzzleConfig.of("trm")` gives TRM's (arXiv 2510.04871).
 
@@ -83,15 +82,6 @@ class PuzzleConfig:
         whole_cycle = {"grad_l_steps": values.get("l_steps", _TRM["l_steps"])}
         return cls(**_TRM | (_MLP if model == "trm-mlp" else {}) | whole_cycle | values)
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> PuzzleConfig:
-        """Inverse of `to_dict`; an unknown key raises a ValueError that names the nearest field."""
-        return from_mapping(cls, values)
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields, JSON-serialisable."""
-        return asdict(self)
-
     @property
     def tokens(self) -> int:
         """Positions of a state: puzzle tokens and cells."""
@@ -112,14 +102,9 @@ class PuzzleConfig:
             self._check_count(name, 1)
         for name in ("puzzle_tokens", "puzzle_emb_size", "h_layers"):
             self._check_count(name, 0)
-        for name, limit in (("grad_cycles", "h_cycles"), ("grad_l_steps", "l_steps")):
-            if getattr(self, name) > getattr(self, limit):
-                self._fail(name, f"from 1 to {limit} = {getattr(self, limit)}")
-        for name in ("expansion", "rope_theta", "norm_eps"):
-            if not (is_number(getattr(self, name)) and getattr(self, name) > 0):
-                self._fail(name, "a finite number above 0")
-        if not (is_number(self.q_loss_weight) and self.q_loss_weight >= 0):
-            self._fail("q_loss_weight", "a finite number, at least 0")
+        self._check_reach()
+        self._check_positive("expansion", "rope_theta", "norm_eps")
+        self._check_weight("q_loss_weight")
         if not (is_number(self.exploration) and 0 <= self.exploration <= 1):
             self._fail("exploration", "a probability, 0 to 1")
         self._check_choices()
@@ -141,15 +126,7 @@ class PuzzleConfig:
         if self.puzzle_emb_size > self.puzzle_tokens * self.hidden_size:
             most = self.puzzle_tokens * self.hidden_size
             self._fail("puzzle_emb_size", f"at most puzzle_tokens * hidden_size = {most}")
-        check_fused(self.fused)
-
-    def _check_count(self, name: str, least: int) -> None:
-        value = getattr(self, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            self._fail(name, f"a whole number, at least {least}")
-
-    def _fail(self, name: str, should: str) -> None:
-        raise ValueError(f"PuzzleConfig: {name} is {getattr(self, name)!r}; it should be {should}")
+        check_fused(self.fused, "PuzzleConfig")
 
 
 _TRM: dict[str, Any] = {

@@ -187,7 +187,7 @@ class PuzzleModel(nn.Module):
 
     @fused.setter
     def fused(self, value: bool | str) -> None:
-        check_fused(value)
+        check_fused(value, "PuzzleConfig")
         self.config.fused = value
 
     def extra_repr(self) -> str:
