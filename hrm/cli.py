@@ -119,12 +119,12 @@ def info(settings: Any) -> None:
     import hrm_kernels
 
     for package in ("hrm-kernels", "torch", "triton", "transformers", "peft", "accelerate"):
-        print(f"{package:13} {_version(package)}")
-    print(f"{'device':13} {torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu'}")
+        print(f"{package:15} {_version(package)}")
+    print(f"{'device':15} {torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu'}")
     for choice in hrm_kernels.explain():
-        print(f"{choice.function:13} {choice.backend} ({choice.reason})")
-    print(f"{'cache':13} {cache_folder()} (HRM_HOME)")
-    print(f"{'backbone':13} {default_backbone() or 'none set; the quickstart takes Gemma 3 270M'} (HRM_MODEL_PATH)")
+        print(f"{choice.function:15} {choice.backend} ({choice.reason})")
+    print(f"{'cache':15} {cache_folder()} (HRM_HOME)")
+    print(f"{'backbone':15} {default_backbone() or 'none set; the quickstart takes Gemma 3 270M'} (HRM_MODEL_PATH)")
 
 
 VERBS = {
