@@ -123,6 +123,19 @@ def load_model(backbone: str, settings: Any) -> HRMGemmaForCausalLM:
         raise UsageError(f"hrm.backbone is {backbone!r}, and cannot be used: {first_line(error)}") from error
 
 
+def new_run_folder(settings: Any, name: str) -> Path:
+    """Makes `run.folder`/<name>-<time> and writes its config.yaml; a UsageError where there is no making it."""
+    stem = f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+    names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
+    folder = next(path for name in names if not (path := Path(settings.run.folder) / name).exists())
+    try:
+        folder.mkdir(parents=True)
+        OmegaConf.save(settings, folder / "config.yaml")
+    except OSError as error:
+        raise UsageError(f"run.folder is {settings.run.folder!r}, and cannot be written to: {error}") from error
+    return folder
+
+
 @dataclass
 class Run:
     """A folder that holds what a training run leaves: config.yaml, metrics.jsonl, checkpoint/, answers and plots."""
@@ -137,15 +150,7 @@ class Run:
     @classmethod
     def create(cls, settings: Any, tokenizer: PreTrainedTokenizerBase) -> Run:
         """Makes runs/<name>-<time> and writes its config.yaml; a UsageError where there is no making it."""
-        stem = f"{settings.run.name}-{datetime.now():%Y%m%d-%H%M%S}"
-        names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
-        folder = next(path for name in names if not (path := Path(settings.run.folder) / name).exists())
-        try:
-            folder.mkdir(parents=True)
-            OmegaConf.save(settings, folder / "config.yaml")
-        except OSError as error:
-            raise UsageError(f"run.folder is {settings.run.folder!r}, and cannot be written to: {error}") from error
-        return cls(folder, tokenizer)
+        return cls(new_run_folder(settings, settings.run.name), tokenizer)
 
     @property
     def checkpoint(self) -> Path:

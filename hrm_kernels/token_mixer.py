@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hrm_kernels._backend import BackendError, choose
+from hrm_kernels._backend import choose
 from hrm_kernels._checks import autocast, check_eps, check_shape, check_tensors, fail, shape
 from hrm_kernels._triton import (
     _capability,
@@ -556,7 +556,7 @@ def token_mixer(x: Tensor, w_gate_up: Tensor, w_down: Tensor, *, eps: float = 1e
     """
     x, w_gate_up, w_down = autocast(x, w_gate_up, w_down)
     _check(x, w_gate_up, w_down, eps)
-    if _choose(backend, x) == "reference":
+    if choose("token_mixer", backend, x.device, dtype=x.dtype, unfit=_too_long(x)) == "reference":
         with torch.autocast(x.device.type, enabled=False):
             return token_mixer_reference(x, w_gate_up, w_down, eps=eps)
     graph = torch.is_grad_enabled() and any(t.requires_grad for t in (x, w_gate_up, w_down))
@@ -564,14 +564,11 @@ def token_mixer(x: Tensor, w_gate_up: Tensor, w_down: Tensor, *, eps: float = 1e
     return run(x, w_gate_up, w_down, eps, graph)[0]
 
 
-def _choose(backend: str, x: Tensor) -> str:
-    if x.shape[1] > MAX_LENGTH:
-        if backend == "triton":
-            missing = f"{x.shape[1]} positions are above {MAX_LENGTH}, the most whose tile fits one block of an sm_86"
-            raise BackendError(f'token_mixer: backend="triton" cannot run here: {missing}')
-        if backend == "auto":
-            return "reference"
-    return choose("token_mixer", backend, x.device, None, x.dtype)
+def _too_long(x: Tensor) -> str | None:
+    """Why the kernels cannot take so many positions; None where they can."""
+    if x.shape[1] <= MAX_LENGTH:
+        return None
+    return f"{x.shape[1]} positions are above {MAX_LENGTH}, the most whose tile fits one block of an sm_86"
 
 
 def _check(x: Tensor, w_gate_up: Tensor, w_down: Tensor, eps: float) -> None:

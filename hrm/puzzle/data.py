@@ -15,9 +15,9 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from hrm.loss import IGNORED
 from hrm.settings import UsageError
 
-IGNORED = -100  # label of a position that no loss counts, in batches
 TASKS = ("sudoku", "maze", "arc")
 
 

@@ -7,12 +7,10 @@ import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from rich.console import Console
 
 from hrm.puzzle.config import PuzzleConfig
@@ -24,7 +22,7 @@ from hrm.puzzle.model import PuzzleModel
 from hrm.puzzle.saving import MODEL, checkpoints, load_checkpoint, save_checkpoint, save_model
 from hrm.puzzle.settings import model_config
 from hrm.settings import UsageError
-from hrm.train import Interrupted, StopOnInterrupt, TrainingError, peak_memory, progress_bar
+from hrm.train import Interrupted, StopOnInterrupt, TrainingError, new_run_folder, peak_memory, progress_bar
 
 EXPLODED = 10.0  # times the loss of a uniform guess
 
@@ -99,6 +97,10 @@ def _check_test(config: PuzzleConfig, test: PuzzleSet) -> None:
         raise UsageError(f"data.test_path: {error}") from error
 
 
+def _name(settings: Any) -> str:
+    return settings.run.name or f"{settings.puzzle}-{settings.model}"
+
+
 class PuzzleRun:
     """One training run and its folder: config.yaml, metrics.jsonl, evaluations.jsonl, checkpoints/, model/, at the
     end curve.png."""
@@ -125,7 +127,7 @@ class PuzzleRun:
         self.stages = stages(train.depth, train.steps, config.h_cycles, config.l_steps)
         self.config = config
         self.step, self.logged, self.seconds = 0, 0, 0.0
-        self.folder = self._resume() if settings.run.resume else self._create()
+        self.folder = self._resume() if settings.run.resume else new_run_folder(settings, _name(settings))
         self._started = time.perf_counter() - self.seconds
         parameters = sum(p.numel() for p in model.parameters()) / 1e6
         console.print(
@@ -235,21 +237,6 @@ class PuzzleRun:
             file.write(json.dumps(line) + "\n")
 
     # ------------------------------------------------------------------------------------------------ begin, resume
-
-    def _create(self) -> Path:
-        name = self.settings.run.name or f"{self.settings.puzzle}-{self.settings.model}"
-        stem = Path(self.settings.run.folder) / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
-        for suffix in ("", *(f"-{n}" for n in range(2, 100))):
-            folder = stem.with_name(stem.name + suffix)
-            try:
-                folder.mkdir(parents=True)
-                break
-            except FileExistsError:
-                continue
-            except OSError as error:
-                raise UsageError(f"run.folder is {self.settings.run.folder!r}: {error.strerror}") from error
-        OmegaConf.save(self.settings, folder / "config.yaml")
-        return folder
 
     def _resume(self) -> Path:
         folder = Path(self.settings.run.resume)
