@@ -255,12 +255,18 @@ class Augmenter(Protocol):
         ...
 
 
-def augmenter_of(puzzles: PuzzleSet) -> Augmenter:
-    """The augmentation that the published training runs use for the set's task."""
+def augmenter_of(puzzles: PuzzleSet, easier: float = 0.0) -> Augmenter:
+    """The augmentation that the published training runs use for the set's task.
+
+    Args:
+        easier: of `SudokuAugmenter`; 0 for other tasks.
+    """
     from hrm.puzzle import arc, maze, sudoku
 
     if puzzles.task == "sudoku":
-        return sudoku.SudokuAugmenter(puzzles.side[0])
+        return sudoku.SudokuAugmenter(puzzles.side[0], easier)
+    if easier:
+        raise ValueError(f"easier is {easier}; it should be 0 for the task {puzzles.task!r}")
     if puzzles.task == "maze":
         return maze.MazeAugmenter(puzzles.side, maze.follows_rule(puzzles))
     return arc.ArcAugmenter(puzzles.side)
@@ -277,18 +283,21 @@ class BatchStream:
         batch_size: rows in a batch, which may be more than a pass has.
         seed: of order and augmentation.
         augment: whether rows are changed as the published training runs do.
+        easier: share of the Sudokus that augmentation makes easier (`SudokuAugmenter`).
 
     Raises:
         ValueError: no puzzles, a batch size below 1, or puzzle ids of one group with unequal numbers of rows.
     """
 
-    def __init__(self, puzzles: PuzzleSet, batch_size: int, seed: int, augment: bool = True) -> None:
+    def __init__(
+        self, puzzles: PuzzleSet, batch_size: int, seed: int, augment: bool = True, easier: float = 0.0
+    ) -> None:
         if not len(puzzles):
             raise ValueError("puzzles is empty; it should have at least one")
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it should be at least 1")
         self.puzzles, self.batch_size, self.seed = puzzles, batch_size, seed
-        self._augmenter = augmenter_of(puzzles) if augment else None
+        self._augmenter = augmenter_of(puzzles, easier) if augment else None
         self._groups = _index(puzzles)
         self.rows_per_pass = int(self._groups.size.sum())
         self._order = lru_cache(maxsize=2)(self._order_of)

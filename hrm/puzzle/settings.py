@@ -36,6 +36,8 @@ class PuzzleDataSection:
     """Further puzzles to generate for evaluation, none a symmetric copy of a training puzzle."""
     augment: bool = True
     """Change each puzzle at random as the published training runs do."""
+    easier: float = 0.0
+    """Share of the Sudokus shown with up to half of their empty cells filled in (arXiv 2601.10679); needs augment."""
 
 
 @dataclass
@@ -178,6 +180,9 @@ def check_puzzle_training(settings: Any) -> None:
         "eval.every",
     ):
         require(settings, name, lambda value: value >= 0, "at least 0")
+    require(settings, "data.easier", lambda value: 0 <= value <= 1, "from 0 to 1")
+    if settings.data.easier and not (settings.data.augment and settings.puzzle.startswith("sudoku")):
+        raise UsageError(f"data.easier is {settings.data.easier}; it should be 0 without augment and for other puzzles")
     require(settings, "train.lr_min_ratio", lambda value: 0 <= value <= 1, "from 0 to 1")
     require(settings, "train.ema", lambda value: 0 <= value < 1, "from 0 to below 1")
     require(settings, "train.optimizer", lambda value: value in OPTIMIZERS, " or ".join(OPTIMIZERS))

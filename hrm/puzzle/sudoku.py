@@ -31,10 +31,15 @@ class SudokuAugmenter:
     """The board's symmetries: digits renamed, bands and rows in them, stacks and columns in them permuted, transposed.
 
     Source: HRM (arXiv 2506.21734), section on data. Boards whose boxes are not square are not transposed.
+
+    Args:
+        side: rows of a board.
+        easier: share of the boards that also get some of their empty cells filled in, each such board up to half of
+            them; mixing in easier puzzles is from arXiv 2601.10679.
     """
 
-    def __init__(self, side: int) -> None:
-        self._side, self._box = side, BOXES[side]
+    def __init__(self, side: int, easier: float = 0.0) -> None:
+        self._side, self._box, self._easier = side, BOXES[side], easier
 
     def augment(
         self, inputs: NDArray[np.uint8], labels: NDArray[np.uint8], rng: np.random.Generator
@@ -48,7 +53,11 @@ class SudokuAugmenter:
         digits = renamed.reshape(-1)
         offset = np.arange(count, dtype=np.int32)[:, None]
         places, names = cells + offset * (side * side), offset * (side + 2)
-        return digits[inputs.reshape(-1)[places] + names], digits[labels.reshape(-1)[places] + names]
+        inputs, labels = (digits[board.reshape(-1)[places] + names] for board in (inputs, labels))
+        if self._easier:
+            share = 0.5 * rng.random((count, 1)) * (rng.random((count, 1)) < self._easier)
+            inputs = np.where((inputs == 1) & (rng.random(inputs.shape) < share), labels, inputs)
+        return inputs, labels
 
     def cells(self, count: int, rng: np.random.Generator) -> NDArray[np.int32]:
         """Where each cell of the new board comes from, (count, side * side)."""

@@ -123,7 +123,9 @@ class PuzzleRun:
             embedding_weight_decay=train.embedding_weight_decay, seed=train.seed,
             stagger=train.stagger,
         )  # fmt: skip
-        self.stream = BatchStream(training, train.batch_size, train.seed, settings.data.augment)
+        self.stream = BatchStream(
+            training, train.batch_size, train.seed, settings.data.augment, settings.data.easier
+        )
         self.stages = stages(train.depth, train.steps, config.h_cycles, config.l_steps)
         self.config = config
         self.step, self.logged, self.seconds = 0, 0, 0.0

@@ -208,6 +208,19 @@ def test_padding_and_empty_stay():
     assert set(changed.reshape(-1)) == {0, 1}
 
 
+def test_easier_boards_keep_their_answer_and_gain_digits(solved):
+    count = 400
+    inputs, labels = (np.repeat(board[:1], count, 0) for board in (solved.inputs, solved.labels))
+    plain, answers = sudoku.SudokuAugmenter(solved.side[0]).augment(inputs, labels, np.random.default_rng(0))
+    easier, same = sudoku.SudokuAugmenter(solved.side[0], 0.5).augment(inputs, labels, np.random.default_rng(0))
+    assert np.array_equal(answers, same)
+    filled = easier != plain
+    assert (plain[filled] == 1).all() and np.array_equal(easier[filled], answers[filled])
+    shares = filled.sum(1) / (plain == 1).sum(1)
+    assert 0.3 < (shares > 0).mean() <= 0.55  # of few empty cells, sometimes none is drawn
+    assert 0.15 < shares[shares > 0].mean() < 0.35
+
+
 def test_symmetries_are_all_drawn_and_no_others():
     """A 4 x 4 board's cells have 128 symmetries and its digits 24; one clue of a kind visits every cell equally."""
     count = 40_000

@@ -236,6 +236,7 @@ def test_the_full_depth_comes_back_with_its_gradient() -> None:
         ("hrm.hidden_size=33", "hrm.num_heads is 2"),
         ("data.path=missing.csv", "missing.csv is no file"),
         ("train.seed=-1", "train.seed is -1"),
+        ("data.easier=1.5", "data.easier is 1.5"),
         ("eval.limit=0", "eval.limit is 0"),
         ("train.stps=3", "the nearest is 'train.steps'"),
     ],
