@@ -143,12 +143,37 @@ class Mixing:
         return self.cache.extend(self.segment, cycle, self.cycles, keys, values)
 
 
-def visible(attention_mask: Tensor | None, batch: int, tokens: int, past: int, device: torch.device) -> Tensor | None:
+def packed_documents(attention_mask: Tensor | None, position_ids: Tensor | None, cached: bool) -> Tensor | None:
+    """(B, S) int64, which of its row's packed documents each token belongs to; None where rows are one document each.
+
+    As in transformers: without a mask and a cache, a position that does not follow on the last starts a document.
+    """
+    if attention_mask is not None or position_ids is None or cached:
+        return None
+    starts = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    if not torch.compiler.is_compiling() and not bool(starts.any()):  # compiled: the answer depends on data
+        return None
+    return F.pad(starts.long().cumsum(1), (1, 0))
+
+
+def visible(
+    attention_mask: Tensor | None,
+    batch: int,
+    tokens: int,
+    past: int,
+    device: torch.device,
+    documents: Tensor | None = None,
+) -> Tensor | None:
     """Mask (B, 1, tokens, past + tokens) of the keys each query may see; None where causality alone decides.
+
+    documents: (B, tokens) of `packed_documents`; a query sees its own alone.
 
     Every query sees itself, so that a row of padding has no empty softmax. Padding on the right needs no mask: what
     lies behind a token is hidden from it anyway.
     """
+    if documents is not None:
+        causal = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()
+        return ((documents[:, :, None] == documents[:, None, :]) & causal).expand(batch, -1, -1)[:, None]
     if past == 0 and (attention_mask is None or _only_right_padding(attention_mask)):
         return None
     if tokens == 1 and attention_mask is None:

@@ -99,8 +99,25 @@ class HRMConfig(CheckedConfig):
     """The most segments a row may run under ACT; raised to `segments` where it is below."""
     act: bool = False
     """Adaptive computation time: the Q head decides after each segment who goes on."""
+    min_segments: int = 1
+    """The fewest segments that a sequence runs in training under ACT."""
+    exploration: float = 0.0
+    """Probability that a sequence in training must run a random number of segments, 2 to `max_segments`."""
+    segment_price: float = 0.0
+    """What each segment after the first takes off the reward of halting, whose size is 1 for a right prediction."""
+    q_target: str = "bootstrap"
+    """What q_continue learns: "bootstrap" (the next segment's Q values), "replay" (the same, read from a buffer of past
+    segments), or "none" (nothing: a sequence halts where q_halt > 0)."""
+    q_gradient: str = "trunk"
+    """Where the Q loss' gradient goes: "trunk" (head and core) or "head" alone, as it always does with "replay"."""
     q_loss_weight: float = 0.5
     """Weight of the Q head's loss beside the language model's."""
+    replay_size: int = 4096
+    """Segments that the replay buffer holds."""
+    segment_weights: list[float] | None = None
+    """Weight of each segment's loss, at least as many as segments run; None: all alike."""
+    stop_residual: float = 0.0
+    """End a call's segments once the mean relative change of both states is at most this; 0: never."""
     norm_eps: float = 1e-6
     """eps of every RMS norm."""
     fused: bool | str = "auto"
@@ -136,7 +153,23 @@ class HRMConfig(CheckedConfig):
             self._check_count(name)
         self._check_reach()
         self._check_positive("rope_theta", "norm_eps")
-        self._check_weight("q_loss_weight")
+        for name in ("q_loss_weight", "segment_price", "stop_residual"):
+            self._check_weight(name)
+        self._check_halting()
+
+    def _check_halting(self) -> None:
+        self._check_count("replay_size")
+        self._check_count("min_segments")
+        if self.min_segments > self.max_segments:
+            self._fail("min_segments", f"from 1 to max_segments = {self.max_segments}")
+        if not (is_number(self.exploration) and 0 <= self.exploration <= 1):
+            self._fail("exploration", "a probability, 0 to 1")
+        weights = self.segment_weights
+        if weights is None:
+            return
+        most = self.max_segments if self.act else self.segments
+        if len(weights) < most or not all(is_number(w) and w >= 0 for w in weights) or weights[0] == 0:
+            self._fail("segment_weights", f"at least {most} numbers from 0, the first above 0")
 
     def _check_choices(self) -> None:
         if self.l_reset not in ("carry", "init"):
@@ -145,6 +178,10 @@ class HRMConfig(CheckedConfig):
             self._fail("h_mixer", "'attention' or 'none'")
         if not isinstance(self.act, bool):
             self._fail("act", "True or False")
+        if self.q_target not in ("bootstrap", "replay", "none"):
+            self._fail("q_target", "'bootstrap', 'replay' or 'none'")
+        if self.q_gradient not in ("trunk", "head"):
+            self._fail("q_gradient", "'trunk' or 'head'")
         check_fused(self.fused)
 
     def _check_sizes(self) -> None:

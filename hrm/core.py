@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import hrm_kernels
-from hrm.attention import Mixing, SlotCache, mix, rotation, visible
+from hrm.attention import Mixing, SlotCache, mix, packed_documents, rotation, visible
 from hrm.config import HRMConfig, check_fused
 from hrm.inputs import check_beside, check_places
-from hrm.schedule import run_cycles
+from hrm.schedule import least_segments, run_cycles
 
 Q_BIAS = -5.0  # both Q values start near "no": sigmoid(-5) < 1 %, so an untrained core never halts early
 # not cuDNN's: it plans anew for every length of the cache, 14 ms a token on an H100
@@ -41,6 +41,7 @@ class Segment:
 
     z_h: Tensor  # (B, S, d_h), the slow state that the read-out sees
     active: Tensor  # (B, S) bool: real tokens that had not halted before this segment
+    halted: Tensor  # (B, S) bool: tokens that run no further segment; without ACT none
     q: Tensor | None = None  # (B, S, 2) float32, q_halt and q_continue; with ACT only
     last: Tensor | None = None  # (B, S) bool: tokens that may run no further segment after this one; with ACT only
 
@@ -75,6 +76,8 @@ class CoreOutput(NamedTuple):
     carry: HRMCarry | None = None  # None with a cache: decoding hands on slots, not states
     residuals: Tensor | None = None  # (M, 2) float32, mean relative change of z_L and z_H over the real tokens of rows
     # that go on; None with a cache
+    ahead: Segment | None = None  # one more segment, without graph, for its Q values alone; where `look_ahead` asked
+    documents: Tensor | None = None  # (B, S) int64, numbered in each row; None where rows are not packed
 
 
 class HRMCore(nn.Module):
@@ -207,11 +210,17 @@ class HRMCore(nn.Module):
         segments: int | None = None,
         counted: Tensor | None = None,
         cache: SlotCache | None = None,
+        look_ahead: bool = False,
     ) -> CoreOutput:
         """Runs up to `segments` segments on the hidden states `h`.
 
-        Halting (only with `config.act`): in training a row halts when its mean of q_halt - q_continue over the tokens
-        of `counted` is above 0; in evaluation each token halts by its own two values; at `max_segments` all do.
+        Halting (only with `config.act`): in training a row, or each document of a packed one, halts when its mean of
+        q_halt - q_continue over the tokens of `counted` is above 0, but not before `min_segments`, nor, with
+        probability `exploration`, before a number drawn at random; in evaluation each token halts by its own two
+        values; at `max_segments` all do. With q_target "none" it is q_halt alone.
+
+        Packing: without `attention_mask` and cache, positions that do not rise by one start a new document, which sees
+        nothing of those before it; so does the backbone, by the same rule of transformers.
 
         Args:
             h: (B, S, d) the backbone's last hidden state, after its final norm.
@@ -222,6 +231,8 @@ class HRMCore(nn.Module):
                 exactly that many; in training with ACT it is the most that this call may run.
             counted: (B, S) bool, tokens that decide whether a row halts in training; None: all real ones.
             cache: slots of the tokens before these; this call's are added.
+            look_ahead: run one more segment without graph where something is left to run after the last one, for what
+                q_continue is to learn.
 
         Raises:
             ValueError: an argument is not as above; the message names it.
@@ -236,9 +247,10 @@ class HRMCore(nn.Module):
         with torch.autocast(h.device.type, enabled=False), sdpa_kernel(SDPA_BACKENDS):
             weights = self._weights(dtype)
             context = self.input_context(h, weights)
-            mixing = self._mixing(attention_mask, position_ids, h, cache, dtype)
-            counted = real if counted is None else counted
-            output = self._run(context, carry, weights, mixing, real, segments, counted, keep_carry=cache is None)
+            documents = packed_documents(attention_mask, position_ids, cache is not None)
+            mixing = self._mixing(attention_mask, position_ids, documents, h, cache, dtype)
+            rule = HaltingRule(self.config, real, real if counted is None else counted, documents, self.training)
+            output = self._run(context, carry, weights, mixing, rule, segments, cache is None, look_ahead)
         if cache is not None:
             cache.commit(h.shape[1], len(output.segments))
         return output
@@ -305,41 +317,88 @@ class HRMCore(nn.Module):
         carry: HRMCarry,
         weights: Weights,
         mixing: Mixing | None,
-        real: Tensor,
+        rule: HaltingRule,
         segments: int | None,
-        counted: Tensor,
         keep_carry: bool,
+        look_ahead: bool,
     ) -> CoreOutput:
         halting, limit = self._plan(segments)
+        by_token, real, shape = halting and not self.training, rule.real, carry.z_h.shape
         z_l, z_h = carry.z_l.flatten(0, 1), carry.z_h.flatten(0, 1)
         steps, halted = carry.steps[:, None].expand(real.shape), torch.zeros_like(real)
-        out, done, residuals = carry.z_h, [], []
+        restart = halted  # tokens whose row is over and starts anew
+        out, done, residuals, ahead = carry.z_h, [], [], None
         for index in range(limit):
-            active = real & ~halted if halting else real
-            if mixing is not None:
-                mixing.segment, mixing.active = index, active if halting and not self.training else None
-            old, (z_l, z_h) = (z_l, z_h), self.segment(context, z_l, z_h, weights, mixing)
-            segment = Segment(z_h.view(carry.z_h.shape), active)
-            if self.config.act:
-                segment.q = torch.addmm(weights.b_q, z_h, weights.w_q).float().view(*real.shape, 2)
-                segment.last = (carry.steps + index + 1 >= self.config.max_segments)[:, None].expand(real.shape)
-            out = torch.where(active[..., None], segment.z_h, out) if halting else segment.z_h
+            old = z_l, z_h
+            segment, (z_l, z_h) = self._one_segment(
+                index, context, old, weights, mixing, rule, carry.steps + index + 1, halted, by_token
+            )
+            out = torch.where(segment.active[..., None], segment.z_h, out) if halting else segment.z_h
             done.append(segment)
-            if halting:
-                halted = self._halted(segment, halted, counted)
+            halted = segment.halted if halting else halted
             z_l, z_h = z_l.detach(), z_h.detach()
             if keep_carry:
                 restart = (halted | ~real).all(1, keepdim=True).expand(real.shape) if halting else halted
                 (z_l, z_h), steps, moved = self._hand_over(restart, steps, old, (z_l, z_h), weights)
                 residuals.append(_mean(moved, real & ~restart))
-            if halting and not (real & ~halted).any():
+            if self._over(halting, real & ~halted, residuals, old, (z_l, z_h)):
                 break
+        if look_ahead and halting and bool((real & ~halted).any()):
+            with torch.no_grad():
+                count = carry.steps + len(done) + 1
+                ahead, _ = self._one_segment(
+                    len(done), context, (z_l, z_h), weights, mixing, rule, count, halted, by_token
+                )
         used = torch.stack([segment.active for segment in done]).sum(0, dtype=torch.int32)
         if not keep_carry:
             return CoreOutput(done, out, used)
-        states = z_l.view(carry.z_l.shape), z_h.view(carry.z_h.shape)
+        states = z_l.view(carry.z_l.shape), z_h.view(shape)
         carry = HRMCarry(*states, steps[:, 0].clone(), restart[:, 0].clone())
-        return CoreOutput(done, out, used, carry, torch.stack(residuals))
+        return CoreOutput(done, out, used, carry, torch.stack(residuals), ahead, rule.documents)
+
+    def _one_segment(
+        self,
+        index: int,
+        context: Tensor,
+        states: tuple[Tensor, Tensor],
+        weights: Weights,
+        mixing: Mixing | None,
+        rule: HaltingRule,
+        steps: Tensor,
+        before: Tensor,
+        by_token: bool,
+    ) -> tuple[Segment, tuple[Tensor, Tensor]]:
+        """Segment `index` of a call, after which rows have run `steps` (B,); `before` (B, S) had halted already."""
+        active = rule.real & ~before
+        if mixing is not None:
+            mixing.segment, mixing.active = index, active if by_token else None
+        z_l, z_h = self.segment(context, *states, weights, mixing)
+        segment = Segment(z_h.view(*rule.real.shape, self.config.d_h), active, before)
+        if self.config.act:
+            seen = z_h.detach() if self.config.q_gradient == "head" else z_h
+            segment.q = torch.addmm(weights.b_q, seen, weights.w_q).float().view(*rule.real.shape, 2)
+            segment.last = (steps >= self.config.max_segments)[:, None].expand(rule.real.shape)
+            segment.halted = before | rule.halted(segment.q, segment.last, steps)
+        return segment, (z_l, z_h)
+
+    def _over(
+        self,
+        halting: bool,
+        left: Tensor,
+        residuals: list[Tensor],
+        old: tuple[Tensor, Tensor],
+        new: tuple[Tensor, Tensor],
+    ) -> bool:
+        """Whether no further segment is worth running: nothing is left to go on, or both states stand still."""
+        if halting and not left.any():
+            return True
+        threshold = self.config.stop_residual
+        if not threshold:
+            return False
+        if not residuals:  # decoding hands on no carry, whose update would have measured this
+            moved = [(b - a).norm(dim=-1) / a.norm(dim=-1) for a, b in zip(old, new, strict=True)]
+            residuals = [_mean(torch.stack(moved, -1).view(*left.shape, 2), left)]
+        return bool((residuals[-1] <= threshold).all())
 
     def _plan(self, segments: int | None) -> tuple[bool, int]:
         """Whether anything may halt in this call, and the most segments that it runs."""
@@ -347,16 +406,6 @@ class HRMCore(nn.Module):
             raise ValueError(f"segments is {segments!r}; it should be a whole number, at least 1, or None")
         halting = self.config.act and (self.training or segments is None)
         return halting, segments or (self.config.max_segments if halting else self.config.segments)
-
-    @torch.no_grad()
-    def _halted(self, segment: Segment, before: Tensor, counted: Tensor) -> Tensor:
-        """(B, S) bool: who has halted after `segment`, by row in training and by token in evaluation."""
-        assert segment.q is not None and segment.last is not None  # ACT is on
-        margin = segment.q[..., 0] - segment.q[..., 1]
-        stop = margin > 0
-        if self.training:  # the row's mean decides; a row in which nothing counts has nothing to go on for
-            stop = ((margin * counted).sum(1, keepdim=True) > 0) | ~counted.any(1, keepdim=True)
-        return before | segment.last | stop
 
     def _hand_over(
         self,
@@ -401,6 +450,7 @@ class HRMCore(nn.Module):
         self,
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
+        documents: Tensor | None,
         h: Tensor,
         cache: SlotCache | None,
         dtype: torch.dtype,
@@ -413,12 +463,57 @@ class HRMCore(nn.Module):
         if position_ids is None:
             position_ids = _positions(attention_mask, batch, tokens, past, h.device)
         cos, sin = rotation(position_ids.expand(batch, tokens), self.attn_head_dim, self.config.rope_theta, dtype)
-        mask = visible(attention_mask, batch, tokens, past, h.device)
+        mask = visible(attention_mask, batch, tokens, past, h.device, documents)
         return Mixing(self.config.attn_heads, self.config.h_cycles, cos, sin, mask, causal=past == 0, cache=cache)
 
     def _norm(self, values: Tensor) -> Tensor:
         """RMS norm over the last dimension without weight, statistics in float32."""
         return F.rms_norm(values.float(), values.shape[-1:], eps=self.config.norm_eps).to(values.dtype)
+
+
+class HaltingRule:
+    """Who halts after a segment of one forward pass.
+
+    Args:
+        config: of the core.
+        real: (B, S) bool, tokens that are no padding.
+        counted: (B, S) bool, tokens whose Q values a sequence halts by in training.
+        documents: (B, S) int64 of packed rows, each of whose documents halts by itself; None: a row is one sequence.
+        training: by sequence, with the fewest segments drawn from torch's generator, or by token.
+    """
+
+    def __init__(
+        self, config: HRMConfig, real: Tensor, counted: Tensor, documents: Tensor | None, training: bool
+    ) -> None:
+        self.real, self.documents = real, documents
+        self._config, self._counted, self._training = config, counted, training
+        self._sequences = torch.zeros_like(real, dtype=torch.int64) if documents is None else documents
+        self._least = self._drawn() if training and config.act else None
+
+    def _drawn(self) -> Tensor:
+        """(B, S) int32, the fewest segments that each token's sequence runs."""
+        least, config = self._config.min_segments, self._config
+        if not config.exploration or config.max_segments < 2:
+            return torch.full_like(self._sequences, least, dtype=torch.int32)
+        draw, choice = torch.rand(2, *self.real.shape, device=self.real.device).gather(
+            2, self._sequences.expand(2, *self.real.shape)
+        )
+        return least_segments(draw, choice, config.max_segments, config.exploration).clamp_min(least)
+
+    @torch.no_grad()
+    def halted(self, q: Tensor, last: Tensor, steps: Tensor) -> Tensor:
+        """(B, S) bool, given q (B, S, 2), last (B, S) bool and the segments run so far (B,)."""
+        margin = q[..., 0] if self._config.q_target == "none" else q[..., 0] - q[..., 1]
+        if not self._training:
+            return last | (margin > 0)
+        assert self._least is not None
+        total, counted = self._over_sequence(margin * self._counted), self._over_sequence(self._counted.float())
+        # the sequence's mean decides; one in which nothing counts has nothing to go on for
+        return last | (counted == 0) | (total > 0) & (steps[:, None] >= self._least)
+
+    def _over_sequence(self, values: Tensor) -> Tensor:
+        """Sums (B, S) over each sequence, at every of its tokens."""
+        return torch.zeros_like(values).scatter_add_(1, self._sequences, values).gather(1, self._sequences)
 
 
 def _parameter(*shape: int) -> nn.Parameter:

@@ -96,28 +96,52 @@ class _FrozenHeadLoss(torch.autograd.Function):
         return (gradient * grad_loss[:, None]).to(gradient.dtype), None, None, None
 
 
-def q_loss(values: Tensor, correct: Tensor, active: Tensor, last: Tensor) -> Tensor:
+def q_loss(
+    values: Tensor, correct: Tensor, active: Tensor, last: Tensor, *, price: float = 0.0, go_on: bool = True
+) -> Tensor:
     """Binary cross entropy of the Q head: halt where the prediction is right, go on where the next segment is worth it.
 
-    Source: arXiv 2506.21734, section 2, "Adaptive computation time", per scored token. The gradient goes through the
-    Q values into the core. What going on is worth is read off the next segment of the same call, so q_continue learns
-    only where a row runs at least two.
+    Source: arXiv 2506.21734, section 2, "Adaptive computation time", per scored token. What going on is worth is read
+    off the next segment's values, and is no part of the graph. M segments ran; K = M, or M + 1 where one more was run
+    for its values alone.
 
     Args:
-        values: (M, n, 2) q_halt and q_continue of each segment.
+        values: (K, n, 2) q_halt and q_continue after each segment.
         correct: (M, n) bool, whether the segment's prediction is right.
-        active: (M, n) bool, whether the token's row ran the segment.
-        last: (M, n) bool, whether the row may run no further segment.
+        active: (K, n) bool, whether the token's row ran the segment.
+        last: (K, n) bool, whether the row may run no further segment.
+        price: taken off the reward of halting for each segment after the first.
+        go_on: whether q_continue learns at all.
 
     Returns:
-        () float32: the mean of both terms over the segments and tokens that have a target.
+        (n,) float32: each token's mean of the first term over the segments that it ran, and of the second over those
+        after which a next one ran.
     """
-    bce = F.binary_cross_entropy_with_logits
-    halt = bce(values[..., 0], correct.float(), reduction="none")
+    bce, ran = F.binary_cross_entropy_with_logits, len(correct)
+    halt = bce(values[:ran, :, 0], reward(correct, price), reduction="none")
+    loss = token_mean(halt, active[:ran])
+    if not go_on:
+        return loss
     with torch.no_grad():
         worth = continue_target(values[1:, :, 0], values[1:, :, 1], last[1:])
-    go_on = bce(values[:-1, :, 1], worth, reduction="none")
-    return masked_mean(halt, active) + masked_mean(go_on, active[1:])
+    return loss + token_mean(bce(values[:-1, :, 1], worth, reduction="none"), active[1:])
+
+
+def reward(correct: Tensor, price: float) -> Tensor:
+    """What halting after each segment earns: (M, ...) bool or share that is right -> float32, from 0 to 1."""
+    segments = torch.arange(len(correct), device=correct.device, dtype=torch.float32)
+    paid = price * segments.view(-1, *(1,) * (correct.dim() - 1))
+    return (correct.float() - paid).clamp(0, 1)
+
+
+def token_mean(values: Tensor, where: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Each token's mean over the segments of `where`: (M, n), (M, n) bool, weights (M,) -> (n,); 0 where there is none.
+
+    A mean of its own for each token, so that a batch's loss does not depend on which rows stand beside each other.
+    """
+    share = where.to(values.dtype) if weights is None else where * weights[:, None]
+    total = share.sum(0)
+    return (values * share).sum(0) / torch.where(total > 0, total, 1)
 
 
 def masked_mean(values: Tensor, where: Tensor) -> Tensor:
@@ -125,11 +149,16 @@ def masked_mean(values: Tensor, where: Tensor) -> Tensor:
     return (values * where).sum() / where.sum().clamp_min(1)
 
 
-def next_token_targets(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """(B, S) labels -> the one that each position predicts, int64; -100 at the last and where either end is padding."""
+def next_token_targets(labels: Tensor, attention_mask: Tensor | None, documents: Tensor | None = None) -> Tensor:
+    """(B, S) labels -> the one that each position predicts, int64; -100 at the last and where either end is padding.
+
+    documents: (B, S) int, which of a row's packed documents a token belongs to; no token predicts the next one's first.
+    """
     targets = torch.full_like(labels, IGNORED, dtype=torch.int64)
     targets[:, :-1] = labels[:, 1:]
     if attention_mask is not None:
         real = attention_mask[:, -labels.shape[1] :].bool()
         targets[:, :-1].masked_fill_(~(real[:, 1:] & real[:, :-1]), IGNORED)
+    if documents is not None:
+        targets[:, :-1].masked_fill_(documents[:, 1:] != documents[:, :-1], IGNORED)
     return targets

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,12 +16,22 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import can_return_tuple
 
-from hrm.attention import SlotCache
+from hrm.attention import SlotCache, packed_documents
 from hrm.config import HRMConfig
-from hrm.core import CoreOutput, HRMCarry, HRMCore
+from hrm.core import CoreOutput, HRMCarry, HRMCore, Segment
 from hrm.inputs import check_inputs
 from hrm.lora import AdapterConfig, add_adapters, merge_adapters
-from hrm.loss import IGNORED, TokenLoss, linear_cross_entropy, masked_mean, next_token_targets, q_loss
+from hrm.loss import (
+    IGNORED,
+    TokenLoss,
+    linear_cross_entropy,
+    masked_mean,
+    next_token_targets,
+    q_loss,
+    reward,
+    token_mean,
+)
+from hrm.replay import ReplayBuffer, Transitions
 from hrm.saving import save_atomically
 
 
@@ -42,6 +52,8 @@ class HRMGemmaConfig(PreTrainedConfig):
         "carry",
         "segment_losses",
         "q_loss",
+        "q",
+        "accuracy",
         "segments_used",
         "token_segments",
         "residuals",
@@ -94,6 +106,8 @@ class HRMOutput(ModelOutput):
     carry: HRMCarry | None = None  # None with a cache: decoding hands on slots, not states
     segment_losses: Tensor | None = None  # (M,) float32, detached
     q_loss: Tensor | None = None  # () float32, under ACT with labels
+    q: Tensor | None = None  # (2,) float32, mean q_halt and q_continue over scored tokens; under ACT with labels
+    accuracy: Tensor | None = None  # () float32, share of the scored tokens predicted rightly, over all segments
     segments_used: Tensor | None = None  # () float32, mean over real tokens
     token_segments: Tensor | None = None  # (B, S) int32, segments that each token ran; 0 for padding
     residuals: Tensor | None = None  # (M, 2) float32, mean relative change of z_L and z_H; None with a cache
@@ -154,6 +168,7 @@ class HRMGemmaForCausalLM(PreTrainedModel, GenerationMixin):
         if config.lora is not None:
             add_adapters(self.backbone.get_decoder(), AdapterConfig(**config.lora))
         self.hrm = HRMCore(HRMConfig.from_dict(config.hrm))
+        self.replay = ReplayBuffer(self.hrm.config.replay_size)  # filled in training with q_target "replay" alone
         self.post_init()
         self._freeze_backbone()
 
@@ -289,14 +304,19 @@ class HRMGemmaForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         **backbone_kwargs: Any,
     ) -> HRMOutput:
         """Runs the backbone once and the core's segments on its output.
 
+        The loss: each scored token's mean over the segments that it ran (weighted by `segment_weights`), the Q head's
+        in the same way, and the mean of that over the tokens; so it does not depend on which rows stand in one batch.
+
         Args:
             input_ids: (B, S) int64.
             attention_mask: (B, past + S), nonzero for real tokens; None: all are.
-            position_ids: (B, S); None: the backbone's own default.
+            position_ids: (B, S); None: the backbone's own default. Without `attention_mask` and cache, positions that
+                start anew start another document, and no document sees the others.
             labels: (B, S) int64, the inputs themselves or -100 where not scored; shifted by one here. With labels the
                 logits are not built unless `logits_to_keep` asks for them. All ignored: the loss is 0.
             carry: the `carry` of an earlier output of the same shape; None: fresh states.
@@ -306,6 +326,8 @@ class HRMGemmaForCausalLM(PreTrainedModel, GenerationMixin):
             use_cache: True: return an `HRMCache` (no gradients); None: only where one was passed.
             logits_to_keep: how many of the last positions, or which; 0: all. None: all without labels, none with.
             inputs_embeds: (B, S, d) in place of `input_ids`.
+            num_items_in_batch: how many scored tokens the loss is a mean over, where these rows are only a part of the
+                batch (gradient accumulation, several processes); None: those of these rows.
             backbone_kwargs: passed to the backbone's decoder.
 
         Raises:
@@ -333,7 +355,10 @@ class HRMGemmaForCausalLM(PreTrainedModel, GenerationMixin):
             **backbone_kwargs,
         )
         h = inputs.last_hidden_state
-        targets = None if labels is None else next_token_targets(labels, attention_mask)
+        targets = None
+        if labels is not None:
+            documents = packed_documents(attention_mask, position_ids, past_key_values is not None)
+            targets = next_token_targets(labels, attention_mask, documents)
         core = self.hrm(
             h,
             attention_mask=attention_mask,
@@ -342,6 +367,7 @@ class HRMGemmaForCausalLM(PreTrainedModel, GenerationMixin):
             segments=segments,
             counted=None if targets is None else targets != IGNORED,
             cache=None if past_key_values is None else past_key_values.slots,
+            look_ahead=targets is not None and self.hrm.config.q_target == "bootstrap" and self.training,
         )
         output = HRMOutput(
             past_key_values=past_key_values,
@@ -353,7 +379,7 @@ class HRMGemmaForCausalLM(PreTrainedModel, GenerationMixin):
             attentions=inputs.attentions,
         )
         if targets is not None:
-            self._add_loss(output, h, core, targets)
+            self._add_loss(output, h, core, targets, num_items_in_batch)
         if targets is None or logits_to_keep is not None:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             kept = slice(None) if kept is None else kept
@@ -363,22 +389,43 @@ class HRMGemmaForCausalLM(PreTrainedModel, GenerationMixin):
     def _logits(self, hidden: Tensor) -> Tensor:
         return _head(self.backbone, hidden)
 
-    def _add_loss(self, output: HRMOutput, h: Tensor, core: CoreOutput, targets: Tensor) -> None:
-        """Each segment's mean over the scored tokens that ran it, their mean, and the Q head's loss under ACT."""
+    def _add_loss(
+        self, output: HRMOutput, h: Tensor, core: CoreOutput, targets: Tensor, items: Tensor | int | None
+    ) -> None:
+        """The losses of `forward`, over `items` scored tokens."""
         rows = (targets != IGNORED).flatten().nonzero().squeeze(1)
         wanted, h = targets.flatten()[rows], h.flatten(0, 1)[rows]
+        items = max(len(rows), 1) if items is None else items
 
-        def pick(name: str) -> Tensor:  # (M, n, ...), a segment's field at the scored positions
-            return torch.stack([getattr(segment, name).flatten(0, 1)[rows] for segment in core.segments])
+        def pick(name: str, segments: Sequence[Segment]) -> Tensor:  # (M, n, ...), a field at the scored positions
+            return torch.stack([getattr(segment, name).flatten(0, 1)[rows] for segment in segments])
 
-        active = pick("active")
+        config, active = self.hrm.config, pick("active", core.segments)
         scores = [self._score(segment.z_h.flatten(0, 1)[rows], h, wanted) for segment in core.segments]
-        losses = torch.stack([masked_mean(score.loss, ran) for score, ran in zip(scores, active, strict=True)])
-        output.segment_losses, output.loss = losses.detach(), losses.mean()
-        if self.hrm.config.act:
-            correct = torch.stack([score.correct for score in scores])
-            output.q_loss = q_loss(pick("q"), correct, active, pick("last"))
-            output.loss = output.loss + self.hrm.config.q_loss_weight * output.q_loss
+        losses = torch.stack([score.loss for score in scores])
+        output.segment_losses = torch.stack([masked_mean(*part) for part in zip(losses.detach(), active, strict=True)])
+        output.loss = token_mean(losses, active, self._segment_weights(core)).sum() / items
+        if not config.act:
+            return
+        correct = torch.stack([score.correct for score in scores])
+        output.q = torch.stack([masked_mean(q, active) for q in pick("q", core.segments).detach().unbind(-1)])
+        output.accuracy = masked_mean(correct.float(), active)
+        if config.q_target == "replay":
+            if self.training:
+                self.replay.add(_transitions(core, targets != IGNORED, correct, config.segment_price))
+            output.q_loss = self.replay.loss(self.hrm.w_q, self.hrm.b_q) if self.replay.added else None
+        else:
+            seen = core.segments if core.ahead is None else [*core.segments, core.ahead]
+            fields = pick("q", seen), correct, pick("active", seen), pick("last", seen)
+            terms = q_loss(*fields, price=config.segment_price, go_on=config.q_target == "bootstrap")
+            output.q_loss = terms.sum() / items
+        if output.q_loss is not None:
+            output.loss = output.loss + config.q_loss_weight * output.q_loss
+
+    def _segment_weights(self, core: CoreOutput) -> Tensor | None:
+        """(M,) float32; None where all count alike."""
+        weights = self.hrm.config.segment_weights
+        return None if weights is None else torch.tensor(weights[: len(core.segments)], device=core.z_h.device)
 
     def _score(self, z_h: Tensor, h: Tensor, targets: Tensor) -> TokenLoss:
         vocabulary = self.config.get_text_config().vocab_size
@@ -403,6 +450,35 @@ class HRMGemmaForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(f"cache_implementation is {kind!r}; it should be None or 'dynamic'")
         if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = HRMCache(self.config)
+
+
+@torch.no_grad()
+def _transitions(core: CoreOutput, scored: Tensor, correct: Tensor, price: float) -> Transitions:
+    """What each sequence (a row, or a document of a packed one) did after each segment.
+
+    scored: (B, S) bool; correct: (M, n) bool, at the scored positions.
+    """
+    batch = len(scored)
+    documents = torch.zeros_like(scored, dtype=torch.int64) if core.documents is None else core.documents
+    each = 1 if core.documents is None else int(documents.max()) + 1
+    sequence = (torch.arange(batch, device=scored.device)[:, None] * each + documents)[scored]  # (n,)
+    count = torch.zeros(batch * each, device=scored.device).index_add_(0, sequence, torch.ones_like(sequence).float())
+
+    def mean(values: Tensor) -> Tensor:  # (n, ...) -> (sequences, ...)
+        total = values.new_zeros(batch * each, *values.shape[1:], dtype=torch.float32)
+        total.index_add_(0, sequence, values.float())
+        return total / count.clamp_min(1).view(-1, *(1,) * (values.dim() - 1))
+
+    def each_segment(name: str) -> Tensor:  # (M, sequences, ...)
+        return torch.stack([mean(getattr(segment, name)[scored]) for segment in core.segments])
+
+    state, active, last = each_segment("z_h"), each_segment("active") > 0.5, each_segment("last") > 0.5
+    share = torch.stack([mean(part) for part in correct])
+    went_on = torch.cat((active[1:], torch.zeros_like(active[:1])))
+    following = torch.cat((state[1:], state[-1:])), torch.cat((last[1:], last[-1:]))
+    parts = state, reward(share, price), went_on, following[0], following[1], active & (count > 0)
+    parts = Transitions(*(part.flatten(0, 1) for part in parts))
+    return parts._replace(state=parts.state.to(core.z_h.dtype), next_state=parts.next_state.to(core.z_h.dtype))
 
 
 def _part(parameter: str) -> str:

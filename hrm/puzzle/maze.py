@@ -21,6 +21,7 @@ from hrm.settings import UsageError
 
 SYMBOLS = "# SGo"
 WALL, FREE, START, GOAL, PATH = range(1, 6)
+_KNOWN_MAZES = 2**16  # labels kept, 2 kB each
 _ROUNDS = 400  # of drawing _DRAWN mazes, before generating gives up
 _DRAWN = 512
 _WALLS = 0.33, 0.41  # share of walls that is drawn from; the closing of other ways adds a few
@@ -41,6 +42,7 @@ class MazeAugmenter:
 
     def __init__(self, side: tuple[int, int], relabel: bool) -> None:
         self.side, self.relabel = side, relabel
+        self._known: dict[bytes, NDArray[np.uint8]] = {}  # turned maze -> its label
 
     def augment(
         self, inputs: NDArray[np.uint8], labels: NDArray[np.uint8], rng: np.random.Generator
@@ -49,9 +51,18 @@ class MazeAugmenter:
         every = symmetries(self.side)
         places = every[rng.integers(len(every), size=len(inputs))]
         inputs = np.take_along_axis(inputs, places, 1)
-        if self.relabel:
-            return inputs, shortest_ways(inputs, self.side)[0]
-        return inputs, np.take_along_axis(labels, places, 1)
+        return inputs, self._labels(inputs) if self.relabel else np.take_along_axis(labels, places, 1)
+
+    def _labels(self, inputs: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Labels (B, S), each searched for once: a maze has eight copies, and a training run sees them for ever."""
+        keys = [maze.tobytes() for maze in inputs]
+        new = {key: row for row, key in enumerate(keys) if key not in self._known}
+        if len(self._known) + len(new) > _KNOWN_MAZES:
+            self._known = {}
+            new = {key: row for row, key in enumerate(keys)}
+        found = shortest_ways(inputs[list(new.values())], self.side)[0] if new else ()
+        self._known.update(zip(new, found, strict=True))
+        return np.stack([self._known[key] for key in keys])
 
 
 def follows_rule(puzzles: PuzzleSet) -> bool:

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from hrm import HRMCarry, HRMConfig, HRMCore
+from hrm.attention import SlotCache
 from hrm_kernels import BackendError
 
 SIZES = {
@@ -300,6 +301,72 @@ def test_training_stops_at_max_segments_counting_those_in_the_carry(h):
     assert len(second.segments) == 1
     assert second.carry.halted.all()
     assert second.carry.steps.tolist() == [0, 0]
+
+
+def test_nothing_halts_before_min_segments(h):
+    core = make_core(act=True, max_segments=4, min_segments=3).train()
+    with torch.no_grad():
+        core.b_q.copy_(torch.tensor([100.0, -100.0]))  # always wants to halt
+    assert core(h).segments_used.eq(3).all()
+    carry = core(h, segments=2).carry
+    assert len(core(h, carry=carry).segments) == 1  # those of the carry count
+    assert core.eval()(h).segments_used.eq(1).all()  # in evaluation the model decides
+
+
+def test_exploration_makes_some_rows_go_on():
+    core = make_core(act=True, max_segments=4, exploration=0.5).train()
+    with torch.no_grad():
+        core.b_q.copy_(torch.tensor([100.0, -100.0]))
+    used = core(torch.randn(300, 1, SIZES["hidden_size"])).segments_used[:, 0]
+    shares = [float((used == depth).float().mean()) for depth in (1, 2, 3, 4)]
+    assert shares == pytest.approx([1 / 2, 1 / 6, 1 / 6, 1 / 6], abs=0.08)
+
+
+def test_without_a_target_for_going_on_q_halt_alone_decides(h):
+    core = make_core(act=True, max_segments=4, q_target="none").train()
+    with torch.no_grad():
+        core.b_q.copy_(torch.tensor([50.0, 100.0]))
+    assert core(h).segments_used.eq(1).all()
+    assert core.eval()(h).segments_used.eq(1).all()
+    with torch.no_grad():
+        core.b_q.copy_(torch.tensor([-50.0, -100.0]))
+    assert core(h).segments_used.eq(4).all()
+
+
+def test_looking_ahead_adds_the_next_segment_without_graph_where_one_is_left(h):
+    core = make_core(act=True, max_segments=3).train()
+    with torch.no_grad():
+        core.b_q.copy_(torch.tensor([-100.0, 100.0]))
+    longer = core(h, segments=2)
+    out = core(h, segments=1, look_ahead=True)
+    assert len(out.segments) == 1 and not out.ahead.q.requires_grad
+    torch.testing.assert_close(out.ahead.q, longer.segments[1].q)
+    torch.testing.assert_close(out.carry.z_h, core(h, segments=1).carry.z_h)  # and changes nothing else
+    assert core(h, look_ahead=True).ahead is None  # all have run their last
+
+
+@pytest.mark.parametrize("where", ["trunk", "head"])
+def test_where_the_gradient_of_the_q_values_goes(h, where):
+    core = make_core(act=True, max_segments=2, q_gradient=where).train()
+    core(h).segments[0].q.sum().backward()
+    assert core.w_q.grad.abs().max() > 0
+    assert (core.w_l.grad is None) == (where == "head")
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_segments_end_where_the_states_stand_still(h, training):
+    core = make_core(segments=5, max_segments=5).train(training)
+    moved = core(h).residuals
+    threshold = float(moved[2].max())  # reached after the third segment at the latest
+    expected = 1 + next(i for i, pair in enumerate(moved) if (pair <= threshold).all())
+    core.config.stop_residual = threshold
+    out = core(h)
+    assert len(out.segments) == expected <= 3
+    torch.testing.assert_close(out.residuals, moved[:expected])
+    with torch.no_grad():
+        assert len(core.eval()(h, cache=SlotCache()).segments) == expected  # decoding measures it in another way
+    core.config.stop_residual = 1e-30
+    assert len(core(h).segments) == 5
 
 
 def test_padding_decides_nothing(h):

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hrm.loss import IGNORED, linear_cross_entropy, masked_mean, next_token_targets, q_loss
+from hrm.loss import IGNORED, linear_cross_entropy, masked_mean, next_token_targets, q_loss, reward, token_mean
 
 TOKENS, WIDTH, VOCABULARY = 13, 8, 50
 
@@ -94,6 +94,11 @@ def test_targets_are_shifted_and_leave_padding_out():
     mask = torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1]])
     assert next_token_targets(labels, None).tolist() == [[2, 3, 4, IGNORED], [6, 7, 8, IGNORED]]
     assert next_token_targets(labels, mask).tolist() == [[2, 3, IGNORED, IGNORED], [IGNORED, 7, 8, IGNORED]]
+    documents = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 2]])
+    assert next_token_targets(labels, None, documents).tolist() == [
+        [2, IGNORED, 4, IGNORED],
+        [IGNORED, 7, IGNORED, IGNORED],
+    ]
     assert labels.tolist() == [[1, 2, 3, 4], [5, 6, 7, 8]]
 
 
@@ -108,15 +113,35 @@ def test_q_loss_by_hand():
         probability = torch.sigmoid(torch.tensor(value))
         return -(target * probability.log() + (1 - target) * (1 - probability).log())
 
-    halt = (bce(0.5, 1) + bce(2.0, 0) + bce(1.0, 1) + bce(0.0, 1) + bce(-1.0, 1)) / 5
+    halt = torch.stack([(bce(0.5, 1) + bce(0.0, 1)) / 2, (bce(2.0, 0) + bce(-1.0, 1)) / 2, bce(1.0, 1)])
     worth = torch.sigmoid(torch.tensor([0.0, 1.0]))  # at its last segment a row can only halt
-    go_on = (bce(-1.0, worth[0]) + bce(0.0, worth[1])) / 2
+    go_on = torch.stack([bce(-1.0, worth[0]), bce(0.0, worth[1]), torch.tensor(0.0)])
     torch.testing.assert_close(q_loss(values, correct, active, last), halt + go_on)
+    torch.testing.assert_close(q_loss(values, correct, active, last, go_on=False), halt)
+    paid = torch.stack([(bce(0.5, 1) + bce(0.0, 0.9)) / 2, (bce(2.0, 0) + bce(-1.0, 0.9)) / 2, bce(1.0, 1)])
+    torch.testing.assert_close(q_loss(values, correct, active, last, price=0.1, go_on=False), paid)
+    # the second segment run for its values alone: the same targets for going on, no halting term of its own
+    ahead = q_loss(values, correct[:1], active, last)
+    torch.testing.assert_close(ahead, torch.stack([bce(0.5, 1), bce(2.0, 0), bce(1.0, 1)]) + go_on)
+
+
+def test_the_reward_of_halting_falls_with_each_segment_and_stays_above_zero():
+    correct = torch.tensor([[True, False]] * 3)
+    torch.testing.assert_close(reward(correct, 0.6), torch.tensor([[1.0, 0.0], [0.4, 0.0], [0.0, 0.0]]))
+
+
+def test_each_token_has_its_own_mean_over_the_segments_it_ran():
+    values, ran = (
+        torch.tensor([[1.0, 4.0, 9.0], [3.0, 8.0, 9.0]]),
+        torch.tensor([[True, True, False], [True, False, False]]),
+    )
+    assert token_mean(values, ran).tolist() == [2.0, 4.0, 0.0]
+    torch.testing.assert_close(token_mean(values, ran, torch.tensor([1.0, 3.0])), torch.tensor([2.5, 4.0, 0.0]))
 
 
 def test_q_loss_of_one_segment_trains_halting_alone():
     values = torch.zeros(1, 2, 2, requires_grad=True)
     every = torch.ones(1, 2, dtype=torch.bool)
-    q_loss(values, every, every, ~every).backward()
+    q_loss(values, every, every, ~every).sum().backward()
     assert (values.grad[..., 0] < 0).all()
     assert (values.grad[..., 1] == 0).all()
