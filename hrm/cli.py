@@ -10,11 +10,14 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
+from hrm.analysis.command import AnalyseSettings
+from hrm.plot import PlotSettings
 from hrm.puzzle.command_data import DataSettings
 from hrm.puzzle.command_evaluate import EvaluateSettings
 from hrm.puzzle.settings import PuzzleTrainingSettings, load_puzzle_settings, preset_of
@@ -107,6 +110,20 @@ def solve(settings: Any) -> None:
     solve_puzzles(settings)
 
 
+def plot(settings: Any) -> None:
+    """Draws a run."""
+    from hrm.plot import plot as plot_metrics
+
+    plot_metrics(settings)
+
+
+def analyse(settings: Any) -> None:
+    """Measures gradient and fixed point of a trained core."""
+    from hrm.analysis.command import analyse_run
+
+    analyse_run(settings)
+
+
 def generate(settings: Any) -> None:
     """Answers one prompt, or each line of standard input."""
     from hrm.generate import answer_all
@@ -136,6 +153,8 @@ VERBS = {
     ),
     "train": Verb(train, "train on your own prompts and answers; with puzzle=sudoku: on puzzles", TrainingSettings),
     "generate": Verb(generate, "answer a prompt with a trained model", GenerateSettings),
+    "plot": Verb(plot, "draw the loss, states, Q values, depth and speed of a run", PlotSettings),
+    "analyse": Verb(analyse, "measure gradient, fixed point and convergence of a trained core", AnalyseSettings),
     "data": Verb(data, "read, check or make puzzles: Sudoku, mazes, ARC", DataSettings),
     "evaluate": Verb(evaluate, "score a trained puzzle model on a file of puzzles", EvaluateSettings),
     "solve": Verb(solve, "solve the puzzles of a file, or of standard input", SolveSettings),
@@ -171,16 +190,28 @@ def _dispatch(words: list[str]) -> int:
     if name not in VERBS:
         raise UsageError(f"unknown verb {name!r}{nearest(name, list(VERBS))}; see hrm --help")
     verb = VERBS[name]
-    if name == "train" and any(word.startswith(("puzzle=", "run.resume=")) for word in overrides):
+    if name == "train" and _on_puzzles(overrides):
         verb = replace(PUZZLE_TRAINING, defaults=lambda: preset_of([w for w in overrides if not w.startswith("-")]))
-    if name == "solve":  # hrm solve FILE
-        overrides = [word if "=" in word or word.startswith("--") else f"path={word}" for word in overrides]
+    if name in BARE:  # hrm solve FILE
+        overrides = [word if "=" in word or word.startswith("-") else f"{BARE[name]}={word}" for word in overrides]
     if any(word in ("-h", "--help") for word in overrides):
         print(_verb_help(name, verb))
         return 0
     if verb.load is not None:
         return _run(verb, verb.load(overrides))
     return _run(verb, load_settings(verb.schema, overrides, _defaults(verb, overrides)))
+
+
+BARE = {"solve": "path", "plot": "run", "analyse": "run"}  # key that a word without "=" belongs to
+
+
+def _on_puzzles(overrides: Sequence[str]) -> bool:
+    """Whether the words of `hrm train` ask for a puzzle model, or for going on with a run of one."""
+    given = dict(word.partition("=")[::2] for word in overrides)
+    if "puzzle" in given or "run.resume" not in given:
+        return "puzzle" in given
+    path = Path(given["run.resume"]) / "config.yaml"
+    return path.is_file() and any(line.startswith("puzzle:") for line in path.read_text(errors="replace").splitlines())
 
 
 def _defaults(verb: Verb, overrides: Sequence[str]) -> Mapping[str, Any]:
@@ -193,7 +224,7 @@ def _defaults(verb: Verb, overrides: Sequence[str]) -> Mapping[str, Any]:
 
 def _run(verb: Verb, settings: Any) -> int:
     _quiet()
-    from hrm.train import Interrupted, TrainingError
+    from hrm.running import Interrupted, TrainingError
     from hrm_kernels import BackendError
 
     try:

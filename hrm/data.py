@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,6 +19,8 @@ from transformers import PreTrainedTokenizerBase
 from hrm.modeling import IGNORED
 from hrm.settings import UsageError, nearest
 
+logger = logging.getLogger("hrm")
+
 
 class Example(NamedTuple):
     """One question with its answer."""
@@ -28,11 +32,23 @@ class Example(NamedTuple):
 
 
 Score = Callable[[str, Example], float]
+BadRow = Callable[[str], None]
+"""Told what is wrong with a row, and where; raises, or lets the row be passed over."""
+
+
+def refuse(problem: str) -> None:
+    """The strict `BadRow`: a UsageError."""
+    raise UsageError(problem)
 
 
 def exact_match(answer: str, example: Example) -> float:
     """1 where `answer` is the example's, white space around it aside; else 0."""
     return float(answer.strip() == example.answer.strip())
+
+
+def bad_row_of(data: Any) -> BadRow:
+    """The one that data.bad_rows asks for: `refuse`, or one that warns."""
+    return refuse if data.bad_rows == "error" else lambda problem: logger.warning("row passed over: %s", problem)
 
 
 @dataclass(frozen=True)
@@ -52,8 +68,11 @@ class Problems:
 # ---------------------------------------------------------------------------------------------------- where from
 
 
-def load_problems(data: Any, seed: int) -> Problems:
+def load_problems(data: Any, seed: int, bad_row: BadRow = refuse) -> Problems:
     """The problems that the `data` section asks for.
+
+    Args:
+        bad_row: hears of each row that cannot be used.
 
     Raises:
         UsageError: none or several of data.path, data.dataset and data.task are given; or what they name is not there
@@ -66,19 +85,22 @@ def load_problems(data: Any, seed: int) -> Problems:
     if data.task is not None:
         return _from_task(data, seed)
     if data.dataset is not None:
-        return hold_out(read_dataset(data), data.held_out, seed)
-    rows = read_jsonl(Path(data.path), data.prompt_column, data.answer_column)
+        return hold_out(read_dataset(data, bad_row), data.held_out, seed)
+    rows = read_jsonl(Path(data.path), data.prompt_column, data.answer_column, bad_row)
     if data.held_out_path is None:
         return hold_out(rows, data.held_out, seed)
-    held_out = read_jsonl(Path(data.held_out_path), data.prompt_column, data.answer_column)
+    held_out = read_jsonl(Path(data.held_out_path), data.prompt_column, data.answer_column, bad_row)
     return Problems(_without(rows, held_out, data.path), held_out)
 
 
-def read_jsonl(path: Path, prompt_column: str = "prompt", answer_column: str = "answer") -> list[Example]:
-    """One example a line; empty lines are passed over.
+def read_jsonl(
+    path: Path, prompt_column: str = "prompt", answer_column: str = "answer", bad_row: BadRow = refuse
+) -> list[Example]:
+    """One example a line; empty lines are passed over, as is what `bad_row` lets pass: a line that is no JSON object
+    with two texts, of which it hears with file and line number.
 
     Raises:
-        UsageError: no such file, no rows, or a line that is no JSON object with two texts; with file and line number.
+        UsageError: no such file, or no rows.
     """
     if not path.is_file():
         raise UsageError(f"{path} is no file")
@@ -86,14 +108,15 @@ def read_jsonl(path: Path, prompt_column: str = "prompt", answer_column: str = "
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         if line.strip():
             source = f"{path}:{number}"
-            examples.append(_example(_parse(line, source), prompt_column, answer_column, source))
+            with _telling(bad_row):
+                examples.append(_example(_parse(line, source), prompt_column, answer_column, source))
     if not examples:
         raise UsageError(f"{path} has no rows")
     return examples
 
 
-def read_dataset(data: Any) -> list[Example]:
-    """The rows of a Hugging Face data set; errors as in `read_jsonl`, with the number of the row."""
+def read_dataset(data: Any, bad_row: BadRow = refuse) -> list[Example]:
+    """The rows of a Hugging Face data set; the rest as in `read_jsonl`, with the number of the row."""
     try:
         from datasets import load_dataset
     except ImportError as error:
@@ -102,8 +125,14 @@ def read_dataset(data: Any) -> list[Example]:
         rows = load_dataset(data.dataset, data.subset, split=data.split)
     except (ValueError, OSError) as error:
         raise UsageError(f"data.dataset {data.dataset!r}: {first_line(error)}") from error
-    columns = data.prompt_column, data.answer_column
-    return [_example(row, *columns, f"{data.dataset}[{data.split}]:{number}") for number, row in enumerate(rows)]
+    examples = []
+    for number, row in enumerate(rows):
+        source = f"{data.dataset}[{data.split}]:{number}"
+        with _telling(bad_row):
+            examples.append(_example(row, data.prompt_column, data.answer_column, source))
+    if not examples:
+        raise UsageError(f"data.dataset {data.dataset!r} has no rows in the split {data.split!r}")
+    return examples
 
 
 def hold_out(examples: Sequence[Example], count: int, seed: int) -> Problems:
@@ -161,6 +190,14 @@ def _without(examples: Sequence[Example], held_out: Sequence[Example], source: s
     if not left:
         raise UsageError(f"{source} has no prompt to train on that is not held out; it should have at least one")
     return left
+
+
+@contextmanager
+def _telling(bad_row: BadRow) -> Iterator[None]:
+    try:
+        yield
+    except UsageError as error:
+        bad_row(str(error))
 
 
 def _parse(line: bytes, source: str) -> Any:
@@ -229,24 +266,32 @@ class Encoded(NamedTuple):
 
 
 def encode(
-    examples: Sequence[Example], template: Template, tokenizer: PreTrainedTokenizerBase, max_length: int
+    examples: Sequence[Example],
+    template: Template,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    bad_row: BadRow = refuse,
 ) -> list[Encoded]:
-    """Token ids of each example.
+    """Token ids of each example; `bad_row` hears of one that has more than `max_length`.
 
     Raises:
-        UsageError: an example of more than `max_length` tokens; the message says which.
+        UsageError: the tokenizer cannot end a text, or no example is left.
     """
     if tokenizer.eos_token_id is None:
         raise UsageError("the backbone's tokenizer has no end-of-text token; it should have one to end answers with")
     prompts = tokenizer([template.question(e.prompt) for e in examples])["input_ids"]
     answers = tokenizer([template.answer(e.answer) for e in examples], add_special_tokens=False)["input_ids"]
-    encoded = [Encoded(p, [*a, tokenizer.eos_token_id]) for p, a in zip(prompts, answers, strict=True)]
-    for example, (prompt, answer) in zip(examples, encoded, strict=True):
-        if len(prompt) + len(answer) > max_length:
-            raise UsageError(
-                f"{example.source}: prompt and answer have {len(prompt)} + {len(answer)} tokens; "
+    encoded = []
+    for example, prompt, answer in zip(examples, prompts, answers, strict=True):
+        if len(prompt) + len(answer) < max_length:
+            encoded.append(Encoded(prompt, [*answer, tokenizer.eos_token_id]))
+        else:
+            bad_row(
+                f"{example.source}: prompt and answer have {len(prompt)} + {len(answer) + 1} tokens; "
                 f"they should have at most data.max_length = {max_length}"
             )
+    if not encoded:
+        raise UsageError("none of the rows can be used")
     return encoded
 
 

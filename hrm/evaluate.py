@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCrit
 
 from hrm.data import Example, Problems, Template
 from hrm.modeling import HRMGemmaForCausalLM
+from hrm.runs import read_lines
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,14 @@ class Evaluation:
     def accuracy(self) -> float:
         """Share of problems with full score."""
         return self.right / len(self.scores)
+
+    @classmethod
+    def read(cls, path: Path, examples: Sequence[Example]) -> Evaluation | None:
+        """What `write` wrote of the same problems; None where that is not there."""
+        rows = read_lines(path)
+        if [row.get("prompt") for row in rows] != [example.prompt for example in examples]:
+            return None
+        return cls(examples, [row["answer"] for row in rows], [row["score"] for row in rows])
 
     def write(self, path: Path) -> None:
         """One JSON object a problem: prompt, expected, answer, score."""

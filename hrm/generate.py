@@ -27,7 +27,7 @@ def answer_all(settings: Any, prompts: TextIO, answers: TextIO, notes: TextIO) -
         raise UsageError("run is missing; it should be a run folder or a checkpoint: run=runs/quickstart-...")
     checkpoint, template = find_checkpoint(Path(settings.run))
     tokenizer = load_tokenizer(str(checkpoint))
-    model = _load(checkpoint)
+    model = load_trained(checkpoint)
     model.hrm.fused = settings.hrm.fused
     set_seed(settings.seed)
     generation: dict[str, Any] = {"max_new_tokens": settings.max_new_tokens, "segments": settings.hrm.segments}
@@ -54,7 +54,7 @@ def find_checkpoint(folder: Path) -> tuple[Path, Template]:
     raise UsageError(f"run is {str(folder)!r}, which holds no checkpoint; it should be a run folder or a checkpoint")
 
 
-def _load(checkpoint: Path) -> HRMGemmaForCausalLM:
+def load_trained(checkpoint: Path) -> HRMGemmaForCausalLM:
     try:
         model = HRMGemmaForCausalLM.from_pretrained(checkpoint)
     except (OSError, RuntimeError, ValueError) as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
@@ -12,6 +12,7 @@ from rich.panel import Panel
 from hrm.data import Example
 from hrm.evaluate import Evaluation
 from hrm.modeling import HRMGemmaForCausalLM
+from hrm.plot import plot_run as plot_metrics
 
 
 def print_start(
@@ -27,14 +28,6 @@ def print_start(
         f"{training} problems to train on, {held_out} others held out\nRun folder: {folder}",
         markup=False,
         soft_wrap=True,  # paths stay in one piece
-    )
-
-
-def step_text(step: Mapping[str, float]) -> str:
-    """The latest metrics, for the progress bar."""
-    return (
-        f"loss {step['loss']:.3f}  segments {step['segments']:.2f}  "
-        f"{step['tokens_per_second']:,.0f} tokens/s  {step['memory_gb']:.1f} GB"
     )
 
 
@@ -66,16 +59,11 @@ def _worked(example: Example, before: str, after: str) -> str:
     return f"{example.prompt}\n\nexpected: {example.answer}\nbefore:   {before or '(nothing)'}\nafter:    {after}"
 
 
-def plot_run(folder: Path, steps: Sequence[Mapping[str, float]], evaluations: Mapping[str, Evaluation]) -> None:
-    """Writes loss.png and accuracy.png into `folder`."""
+def plot_run(folder: Path, evaluations: Mapping[str, Evaluation]) -> None:
+    """Writes the plots of `hrm.plot` and accuracy.png into `folder`."""
     from matplotlib.figure import Figure  # takes half a second, which `hrm info` need not wait for
 
-    figure = Figure(figsize=(6, 3.5), layout="constrained")
-    axes = figure.subplots()
-    axes.plot([step["step"] for step in steps], [step["loss"] for step in steps])
-    axes.set(xlabel="step", ylabel="loss", title="Training loss", ylim=(0, None))
-    figure.savefig(folder / "loss.png", dpi=120)
-
+    plot_metrics(folder)
     figure = Figure(figsize=(5, 3.5), layout="constrained")
     axes = figure.subplots()
     bars = axes.bar(list(evaluations), [100 * evaluation.accuracy for evaluation in evaluations.values()], width=0.6)

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from hrm.settings import UsageError
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
@@ -46,3 +54,116 @@ def _remove_stale(folder: Path, weights: set[str]) -> None:
             path.unlink()
     for path in folder.glob(".saving-*"):
         shutil.rmtree(path, ignore_errors=True)
+
+
+# ---------------------------------------------------------------------------------------------------- training states
+
+CHECKPOINTS = "checkpoints"  # folder of a run
+KEPT = 2  # checkpoints of a run
+MANIFEST = "manifest.json"
+_CHECKPOINT = re.compile(r"step-(\d+)")
+
+
+def checkpoint_folder(run: Path, step: int) -> Path:
+    """Where a run keeps its training state of after `step` steps."""
+    return run / CHECKPOINTS / f"step-{step:08d}"
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The run's checkpoints, oldest first; each is complete, since a folder gets its name last."""
+    found = [path for path in (run / CHECKPOINTS).glob("step-*") if _CHECKPOINT.fullmatch(path.name)]
+    return sorted(found, key=lambda path: path.name)
+
+
+def remove_old_checkpoints(run: Path) -> None:
+    """Takes away all but the newest `KEPT`."""
+    for old in checkpoints(run)[:-KEPT]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The number of steps that a checkpoint's folder is named by."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Lets `fill` write files into a new folder, adds a manifest, waits until the disk has them, and gives it the name.
+
+    Raises:
+        UsageError: it cannot be written; what `folder` held before is still there.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for left in folder.parent.glob(".writing-*"):  # of a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    place = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder.parent))
+    try:
+        fill(place)
+        write_json(place / MANIFEST, {path.name: _digest(path) for path in sorted(place.iterdir())})
+        for path in (*place.iterdir(), place):
+            _to_disk(path)
+        place.chmod(0o755)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(place, folder)
+        _to_disk(folder.parent)
+    except BaseException as error:
+        shutil.rmtree(place, ignore_errors=True)
+        if isinstance(error, (OSError, SafetensorError)):  # a full disk is either
+            raise UsageError(f"{folder} cannot be written: {error}") from error
+        raise
+
+
+def check_manifest(folder: Path) -> None:
+    """Raises a UsageError that names the file of a `replace_folder` that is missing or not as it was written."""
+    for name, digest in read_json(folder / MANIFEST).items():
+        path = folder / name
+        if not path.is_file():
+            raise UsageError(f"{path} is no file")
+        if _digest(path) != digest:
+            raise UsageError(f"{path} cannot be read: it is not what was written, cut short or changed")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A safetensors file of `tensors`, which may be on any device."""
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """What `write_tensors` wrote, on the CPU; a UsageError that names a file that cannot be read."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"{path} cannot be read: {error}") from error
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=1) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file's JSON object; a UsageError that names a file that is missing or holds none."""
+    try:
+        values = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UsageError(f"{path} is no file") from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"{path} holds no JSON object")
+    return values
+
+
+def _digest(path: Path) -> str:
+    sha256 = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**24):
+            sha256.update(block)
+    return sha256.hexdigest()
+
+
+def _to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from hrm.config import HRMConfig
+from hrm.curriculum import is_depth
 from hrm.lora import AdapterConfig
 
 
@@ -97,6 +98,8 @@ class DataSection:
     """How a row becomes text; the answer and what follows it are learnt."""
     max_length: int = 512
     """Most tokens of prompt and answer together."""
+    bad_rows: str = "error"
+    """A row that cannot be used: "error" ends the run before it starts, "skip" passes over it; both name its line."""
 
 
 @dataclass
@@ -106,7 +109,23 @@ class TrainSection:
     epochs: float = 1.0
     """Passes over the data where `steps` is null."""
     batch_size: int = 8
-    """Rows in a step."""
+    """Rows in a batch, over all processes."""
+    micro_batch: int | None = None
+    """Rows that go through the model together on one process, halved when out of memory; null: all of a batch."""
+    pack: bool = False
+    """Put rows behind each other instead of padding them; none sees the others."""
+    update_every: str = "batch"
+    """"batch": one optimizer step for all segments of a batch; "segment": one for each, as in the paper."""
+    segment_growth: str = "none"
+    """How the segments grow from 1: "none" (all from the start), "steps" (over the first half), or "plateau"."""
+    plateau_window: int = 100
+    """Steps over which the loss is averaged to see whether it stands still."""
+    plateau_tolerance: float = 0.01
+    """Share by which that average has to fall to be falling."""
+    depth: list[Any] = field(default_factory=list)
+    """Depth curriculum: [share of the steps, h_cycles, l_steps] of each stage before the full depth."""
+    optimizer: str = "adamw"
+    """"adamw", or with bitsandbytes "adamw_8bit" or "paged_adamw_8bit"."""
     core_lr: float = 1e-3
     """Peak learning rate of the core."""
     adapter_lr: float = 5e-4
@@ -117,6 +136,18 @@ class TrainSection:
     """AdamW's, on the core's matrices only."""
     clip: float = 1.0
     """Largest norm of the gradient."""
+    skip_limit: int = 10
+    """Steps in a row that may be skipped since their gradient is not finite, before training stops."""
+    gradient_checkpointing: bool = False
+    """Compute the backbone's activations again in the backward pass instead of keeping them."""
+    deterministic: bool = False
+    """Only kernels that give the same bits every time."""
+    log_every: int = 1
+    """Steps between two lines of metrics.jsonl."""
+    report_to: list[str] = field(default_factory=list)
+    """The Trainer's integrations: tensorboard, wandb, ..."""
+    prometheus_port: int | None = None
+    """Serve the metrics on this port of this machine; 0: any free one."""
     save_every: int = 500
     """Steps between checkpoints; one is always written at the end."""
     seed: int = 0
@@ -139,6 +170,8 @@ class RunSection:
     """First part of the run folder's name."""
     folder: str = "runs"
     """Where run folders are made."""
+    resume: str | None = None
+    """Run folder to go on with, from its newest checkpoint and with its settings; other keys may not be given."""
 
 
 @dataclass
@@ -289,8 +322,9 @@ def hrm_config(section: Any) -> HRMConfig:
     Raises:
         UsageError: a value that `HRMConfig` refuses; the message names it.
     """
-    values = {str(key): value for key, value in section.items() if key != "backbone"}
-    return checked("hrm", HRMConfig, values)
+    values = OmegaConf.to_container(section)  # lists as lists, for JSON
+    assert isinstance(values, dict)
+    return checked("hrm", HRMConfig, {str(key): value for key, value in values.items() if key != "backbone"})
 
 
 def lora_dict(section: Any) -> dict[str, Any] | bool:
@@ -307,19 +341,52 @@ def checked(section: str, kind: type, values: Mapping[str, Any]) -> Any:
         raise UsageError(str(error).replace(f"{kind.__name__}: ", f"{section}.", 1)) from error
 
 
-def check_training(settings: Any) -> None:
-    """Raises a UsageError that names the first key whose value makes no sense."""
+def check_training(settings: Any, processes: int = 1) -> None:
+    """Raises a UsageError that names the first key whose value makes no sense, for so many processes."""
     for name in ("data.size", "data.held_out", "data.max_length", "train.batch_size", "train.save_every",
-                 "eval.batch_size", "eval.max_new_tokens"):  # fmt: skip
+                 "train.log_every", "train.skip_limit", "train.plateau_window", "eval.batch_size",
+                 "eval.max_new_tokens"):  # fmt: skip
         require(settings, name, lambda value: value >= 1, "at least 1")
-    require(settings, "train.steps", lambda value: value is None or value >= 1, "at least 1, or null")
+    for name in ("train.steps", "train.micro_batch"):
+        require(settings, name, lambda value: value is None or value >= 1, "at least 1, or null")
     for name in ("train.epochs", "train.core_lr", "train.adapter_lr", "train.clip"):
         require(settings, name, lambda value: value > 0, "above 0")
     require(settings, "train.warmup", lambda value: 0 <= value < 1, "from 0 to below 1")
-    require(settings, "train.weight_decay", lambda value: value >= 0, "at least 0")
-    require(settings, "eval.shots", lambda value: value >= 0, "at least 0")
+    for name in ("train.weight_decay", "train.plateau_tolerance", "eval.shots"):
+        require(settings, name, lambda value: value >= 0, "at least 0")
+    require(settings, "train.depth", is_depth, "[[share, h_cycles, l_steps], ...] with rising shares below 1")
+    for name, choices in CHOICES.items():
+        require(settings, name, lambda value, choices=choices: value in choices, " or ".join(choices))
+    if settings.train.batch_size % processes:
+        raise UsageError(
+            f"train.batch_size is {settings.train.batch_size}; it should be a multiple of the {processes} processes"
+        )
+    _check_update(settings.train)
     hrm_config(settings.hrm)
     lora_dict(settings.lora)
+
+
+CHOICES = {
+    "data.bad_rows": ("error", "skip"),
+    "train.update_every": ("batch", "segment"),
+    "train.segment_growth": ("none", "steps", "plateau"),
+    "train.optimizer": ("adamw", "adamw_8bit", "paged_adamw_8bit"),
+}
+
+
+def _check_update(train: Any) -> None:
+    """What does not go together with one update a segment."""
+    if train.update_every != "segment":
+        return
+    if train.pack:
+        raise UsageError(
+            'train.pack is true; it should be false with train.update_every="segment", whose carry is by row'
+        )
+    if train.segment_growth != "none":
+        raise UsageError(
+            f'train.segment_growth is {train.segment_growth!r}; it should be "none" with train.update_every="segment", '
+            "where each batch has the same number of steps"
+        )
 
 
 def check_generation(settings: Any) -> None:

@@ -1,44 +1,46 @@
-"""Fine-tuning from settings to a run folder: load, evaluate, train, save, evaluate again."""
+"""Fine-tuning from settings to a run folder: load, evaluate, train, evaluate again; or go on with a run."""
 
 from __future__ import annotations
 
-import itertools
-import json
+import logging
 import math
 import re
-import signal
-import sys
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from datetime import datetime
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from rich.logging import RichHandler
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from yaml import YAMLError
 
 from hrm import report
-from hrm.data import Encoded, Template, batches, encode, first_line, load_problems
+from hrm.data import Encoded, Problems, Template, bad_row_of, encode, first_line, load_problems
 from hrm.evaluate import Evaluation, commonest_answer, evaluate
-from hrm.modeling import HRMGemmaForCausalLM, HRMOutput
-from hrm.settings import UsageError, check_length, check_training, default_backbone, hrm_config, lora_dict
+from hrm.modeling import HRMGemmaForCausalLM
+from hrm.monitor import JsonlCallback, ProgressCallback, PrometheusCallback
+from hrm.running import Interrupted, StopOnInterrupt, new_run_folder
+from hrm.runs import METRICS, append_line
+from hrm.saving import checkpoints
+from hrm.settings import (
+    TrainingSettings,
+    UsageError,
+    check_length,
+    check_training,
+    default_backbone,
+    hrm_config,
+    lora_dict,
+)
+from hrm.trainer import HRMTrainer
 
-BETAS = (0.9, 0.95)  # of AdamW, as in arXiv 2506.21734
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says at which step, and which checkpoint is good."""
-
-
-class Interrupted(Exception):
-    """The user stopped the training; the message says where its checkpoint is."""
-
+MODEL = "checkpoint"  # folder of a run: the trained model with its tokenizer
 
 # ---------------------------------------------------------------------------------------------------- the whole run
 
@@ -48,51 +50,71 @@ def fine_tune(settings: Any, console: Console) -> Path:
 
     Raises:
         UsageError: settings, data or a backbone that cannot be used; nothing has been trained.
-        TrainingError: the loss or its gradient is not finite.
-        Interrupted: Ctrl-C during training; the checkpoint is in the run folder.
+        TrainingError: the loss or its gradient was not finite too often, or there is too little memory for one row.
+        Interrupted: Ctrl-C or SIGTERM during training; a checkpoint to go on from is in the run folder.
     """
-    check_training(settings)
-    backbone = settings.hrm.backbone or default_backbone()
-    if backbone is None:
-        raise UsageError("no backbone; set hrm.backbone=NAME_OR_PATH, or HRM_MODEL_PATH")
-    template = Template(settings.data.template)
-    problems = load_problems(settings.data, settings.train.seed)
-    tokenizer = load_tokenizer(backbone)
-    rows = encode(problems.train, template, tokenizer, settings.data.max_length)
-    held_out = encode(problems.held_out, template, tokenizer, settings.data.max_length)
-    with console.status(f"Loading {backbone}"):
-        model = load_model(backbone, settings)
-    longest = max(len(row.prompt) + len(row.answer) for row in rows)
-    check_length("a row of the training data", longest, model, "Lower data.max_length to find it.")
-    longest = max(len(row.prompt) for row in held_out) + settings.eval.max_new_tokens
-    check_length("a held-out problem with its answer", longest, model, "Lower eval.max_new_tokens.")
-    run = Run.create(settings, tokenizer)
-    report.print_start(console, model, backbone, len(rows), len(problems.held_out), run.folder)
-
-    def judge(name: str, shots: int = 0) -> Evaluation:
-        sizes = {"batch_size": settings.eval.batch_size, "max_new_tokens": settings.eval.max_new_tokens}
-        with console.status(f"Evaluating {name} training"):
-            return evaluate(model, tokenizer, problems, template, shots=shots, **sizes)
-
-    evaluations: dict[str, Evaluation] = {}
-
-    def note(name: str, evaluation: Evaluation) -> None:
-        evaluations[name] = evaluation
-        run.log_evaluation(name, evaluation)
-        report.print_evaluation(console, name, evaluation)
-
-    note("commonest answer", commonest_answer(problems))
-    note("before", judge("before"))
-    if settings.eval.shots:
-        note(f"before, {settings.eval.shots} shots", judge("before", settings.eval.shots))
-    train(model, rows, settings.train, run, console)
+    processes = PartialState(cpu=not torch.cuda.is_available())
+    if not processes.is_main_process:
+        console = Console(quiet=True)
+    if settings.run.resume is not None:
+        settings = _settings_of(settings.run.resume)
+    check_training(settings, processes.num_processes)
+    job = Job.load(settings, console)
+    folder = _on_first(processes, lambda: _folder(settings))
+    report.print_start(console, job.model, job.backbone, len(job.rows), len(job.problems.held_out), folder)
+    run = Run(folder, job, console, main=processes.is_main_process)
+    run.evaluate_before(settings.eval.shots)
+    train(job, run, console)
     try:
-        note("after", judge("after"))
+        run.evaluate_after()
     except KeyboardInterrupt as stop:
-        raise Interrupted(f"stopped while evaluating; the checkpoint is {run.checkpoint}") from stop
-    report.plot_run(run.folder, run.steps, evaluations)
-    report.print_outcome(console, evaluations, run.folder)
-    return run.folder
+        raise Interrupted(f"stopped while evaluating; the checkpoint is {run.model_folder}") from stop
+    if processes.is_main_process:
+        report.plot_run(folder, run.evaluations)
+        report.print_outcome(console, run.evaluations, folder)
+    return folder
+
+
+@dataclass
+class Job:
+    """What is trained, and on what."""
+
+    settings: Any
+    backbone: str
+    model: HRMGemmaForCausalLM
+    tokenizer: PreTrainedTokenizerBase
+    template: Template
+    problems: Problems
+    rows: list[Encoded]
+
+    @classmethod
+    def load(cls, settings: Any, console: Console) -> Job:
+        """Reads data and backbone; a UsageError where one of them cannot be used."""
+        backbone = settings.hrm.backbone or default_backbone()
+        if backbone is None:
+            raise UsageError("no backbone; set hrm.backbone=NAME_OR_PATH, or HRM_MODEL_PATH")
+        template = Template(settings.data.template)
+        bad_row = bad_row_of(settings.data)
+        problems = load_problems(settings.data, settings.train.seed, bad_row)
+        tokenizer = load_tokenizer(backbone)
+        rows = encode(problems.train, template, tokenizer, settings.data.max_length, bad_row)
+        held_out = encode(problems.held_out, template, tokenizer, settings.data.max_length)
+        with console.status(f"Loading {backbone}"):
+            model = load_model(backbone, settings)
+        longest = max(len(row.prompt) + len(row.answer) for row in rows)
+        check_length("a row of the training data", longest, model, "Lower data.max_length to find it.")
+        longest = max(len(row.prompt) for row in held_out) + settings.eval.max_new_tokens
+        check_length("a held-out problem with its answer", longest, model, "Lower eval.max_new_tokens.")
+        return cls(settings, backbone, model, tokenizer, template, problems, rows)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole training."""
+        train, core = self.settings.train, self.model.hrm.config
+        if train.steps is not None:
+            return train.steps
+        batches = max(1, math.ceil(train.epochs * len(self.rows) / train.batch_size))
+        return batches * ((core.max_segments if core.act else core.segments) if train.update_every == "segment" else 1)
 
 
 def load_tokenizer(backbone: str) -> PreTrainedTokenizerBase:
@@ -117,199 +139,149 @@ def load_model(backbone: str, settings: Any) -> HRMGemmaForCausalLM:
             hrm=hrm,
             lora=lora,
             dtype=torch.bfloat16 if cuda else torch.float32,
-            device_map="cuda" if cuda else None,
+            device_map=PartialState().device if cuda else None,
         )
     except (OSError, ValueError) as error:
         raise UsageError(f"hrm.backbone is {backbone!r}, and cannot be used: {first_line(error)}") from error
 
 
-def new_run_folder(settings: Any, name: str) -> Path:
-    """Makes `run.folder`/<name>-<time> and writes its config.yaml; a UsageError where there is no making it."""
-    stem = f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
-    names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
-    folder = next(path for name in names if not (path := Path(settings.run.folder) / name).exists())
+# ---------------------------------------------------------------------------------------------------- the run folder
+
+
+def _settings_of(folder: str) -> Any:
+    """The settings that a run was started with; a UsageError where there are none."""
+    path = Path(folder) / "config.yaml"
+    if not path.is_file():
+        raise UsageError(f"run.resume is {folder!r}; it should be a run folder, with a config.yaml")
     try:
-        folder.mkdir(parents=True)
-        OmegaConf.save(settings, folder / "config.yaml")
-    except OSError as error:
-        raise UsageError(f"run.folder is {settings.run.folder!r}, and cannot be written to: {error}") from error
-    return folder
+        settings = OmegaConf.merge(OmegaConf.structured(TrainingSettings), OmegaConf.load(path))
+    except (OmegaConfBaseException, YAMLError, OSError, ValueError) as error:
+        raise UsageError(f"{path} holds no settings of a training run: {first_line(error)}") from error
+    settings.run.resume = folder
+    return settings
 
 
-@dataclass
+def _folder(settings: Any) -> Path:
+    return new_run_folder(settings, settings.run.name) if settings.run.resume is None else Path(settings.run.resume)
+
+
+def _on_first(processes: PartialState, make: Callable[[], Path]) -> Path:
+    """What `make` returns on the first process, on all of them; its UsageError likewise."""
+    told: list[Any] = [None, None]
+    if processes.is_main_process:
+        try:
+            told[0] = make()
+        except UsageError as error:
+            told[1] = str(error)
+    broadcast_object_list(told)
+    if told[1] is not None:
+        raise UsageError(told[1])
+    return told[0]
+
+
 class Run:
-    """A folder that holds what a training run leaves: config.yaml, metrics.jsonl, checkpoint/, answers and plots."""
+    """A folder that holds what a training leaves: config.yaml, metrics.jsonl, checkpoints/ (to go on from),
+    checkpoint/ (the trained model), answers and plots."""
 
-    folder: Path
-    tokenizer: PreTrainedTokenizerBase
-    steps: list[dict[str, float]] = field(default_factory=list)
-    """What was logged of each training step."""
-    saved_at: int | None = None
-    """The step after which the checkpoint was written."""
-
-    @classmethod
-    def create(cls, settings: Any, tokenizer: PreTrainedTokenizerBase) -> Run:
-        """Makes runs/<name>-<time> and writes its config.yaml; a UsageError where there is no making it."""
-        return cls(new_run_folder(settings, settings.run.name), tokenizer)
+    def __init__(self, folder: Path, job: Job, console: Console, main: bool) -> None:
+        self.folder, self.job, self.console, self._main = folder, job, console, main
+        self.evaluations: dict[str, Evaluation] = {}
 
     @property
-    def checkpoint(self) -> Path:
+    def model_folder(self) -> Path:
         """Folder of the model and its tokenizer, for `from_pretrained`."""
-        return self.folder / "checkpoint"
+        return self.folder / MODEL
 
-    def log(self, **values: Any) -> None:
-        """Adds a line to metrics.jsonl."""
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
+    def save_model(self) -> None:
+        """Writes the model and its tokenizer, in place of an earlier one."""
+        if self._main:
+            self.job.model.save_pretrained(self.model_folder)
+            self.job.tokenizer.save_pretrained(self.model_folder)
 
-    def log_step(self, **values: float) -> None:
-        """Adds a training step's line to metrics.jsonl."""
-        self.steps.append(values)
-        self.log(event="step", **values)
+    def evaluate_before(self, shots: int) -> None:
+        """Judges the untrained model; a run that goes on remembers how it was judged."""
+        self._note("commonest answer", 0, lambda: commonest_answer(self.job.problems))
+        self._note("before", 0, lambda: self._judge("before"))
+        if shots:
+            self._note(f"before, {shots} shots", 0, lambda: self._judge("before", shots))
 
-    def log_evaluation(self, name: str, evaluation: Evaluation) -> None:
-        """Adds an evaluation's line to metrics.jsonl, and writes its answers."""
-        self.log(event="evaluation", when=name, right=evaluation.right, of=len(evaluation.scores))
-        evaluation.write(self.folder / f"answers-{re.sub('[^a-z0-9]+', '-', name)}.jsonl")
+    def evaluate_after(self) -> None:
+        """Judges the trained model."""
+        self._note("after", self.job.steps, lambda: self._judge("after"))
 
-    def save(self, model: HRMGemmaForCausalLM, step: int) -> None:
-        """Writes the checkpoint, in place of an earlier one."""
-        model.save_pretrained(self.checkpoint)
-        self.tokenizer.save_pretrained(self.checkpoint)
-        self.saved_at = step
+    def _judge(self, name: str, shots: int = 0) -> Evaluation:
+        job, settings = self.job, self.job.settings.eval
+        sizes = {"batch_size": settings.batch_size, "max_new_tokens": settings.max_new_tokens}
+        with self.console.status(f"Evaluating {name} training"):
+            return evaluate(job.model, job.tokenizer, job.problems, job.template, shots=shots, **sizes)
+
+    def _note(self, name: str, step: int, judge: Callable[[], Evaluation]) -> None:
+        path = self.folder / f"answers-{re.sub('[^a-z0-9]+', '-', name)}.jsonl"
+        known = Evaluation.read(path, self.job.problems.held_out)
+        evaluation = self.evaluations[name] = known or judge()
+        report.print_evaluation(self.console, name, evaluation)
+        if known is None and self._main:
+            values = {"event": "evaluation", "when": name, "step": step}
+            append_line(self.folder / METRICS, {**values, "right": evaluation.right, "of": len(evaluation.scores)})
+            evaluation.write(path)
 
 
-# ---------------------------------------------------------------------------------------------------- the loop
+# ---------------------------------------------------------------------------------------------------- training
 
 
-def train(model: HRMGemmaForCausalLM, rows: Sequence[Encoded], settings: Any, run: Run, console: Console) -> None:
-    """Trains in place for the steps that the `train` section asks for, logs each and leaves a checkpoint.
+def train(job: Job, run: Run, console: Console) -> None:
+    """Trains in place, from the run's newest checkpoint where it has one, and leaves the trained model.
 
     Raises:
-        TrainingError: the loss or its gradient is not finite; the step is not taken.
-        Interrupted: Ctrl-C; the step that ran is finished and the checkpoint written. A second Ctrl-C does not wait.
+        UsageError: a checkpoint that is damaged or of another model; the message names the file.
+        TrainingError, Interrupted: as `fine_tune`.
     """
-    total = settings.steps or max(1, math.ceil(settings.epochs * len(rows) / settings.batch_size))
-    accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
-    if accelerator.num_processes > 1:
-        raise UsageError(f"{accelerator.num_processes} processes were started; training here runs in one")
-    optimizer = make_optimizer(model, settings)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, total, settings.warmup))
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
-    feed = batches(rows, settings.batch_size, run.tokenizer.pad_token_id, settings.seed)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    wrapped.train()
-    with StopOnInterrupt() as stop, progress_bar(console) as progress:
-        bar = progress.add_task("Training", total=total, text="")
-        for step in range(1, total + 1):
-            started = time.perf_counter()
-            batch = next(feed)
-            output = wrapped(**{name: t.to(accelerator.device) for name, t in batch._asdict().items()})
-            accelerator.backward(output.loss)
-            norm = float(accelerator.clip_grad_norm_(parameters, settings.clip))
-            rates = [float(rate) for rate in schedule.get_last_lr()]
-            _check_finite(output.loss.item(), norm, step, rates, run)
-            if step > 1 and (step - 1) % settings.save_every == 0:
-                run.save(model, step - 1)  # only now: this loss shows that the last step did no harm
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-            speed = int(batch.attention_mask.sum()) / (time.perf_counter() - started)
-            run.log_step(**_metrics(step, output, norm, rates, speed, accelerator.device))
-            progress.update(bar, advance=1, text=report.step_text(run.steps[-1]))
-            if stop.asked or step == total:
-                run.save(model, step)
-            if stop.asked:
-                raise Interrupted(f"stopped after step {step} of {total}; the checkpoint is {run.checkpoint}")
+    train = job.settings.train
+    bar = ProgressCallback(console)
+    callbacks: list[Any] = [JsonlCallback(run.folder / METRICS), bar]
+    if train.prometheus_port is not None:
+        callbacks.append(PrometheusCallback(train.prometheus_port))
+    with StopOnInterrupt() as stop, _shown_warnings(console):
+        try:
+            trainer = HRMTrainer(
+                job.model, job.rows, train, run.folder, pad=job.tokenizer.pad_token_id, steps=job.steps,
+                callbacks=callbacks,
+            )  # fmt: skip
+            trainer.add_callback(StopWhenAsked(stop, trainer.repeats))
+            saved = checkpoints(run.folder)
+            trainer.train(resume_from_checkpoint=str(saved[-1]) if saved else None)
+        finally:
+            for callback in callbacks[1:]:
+                callback.close()
+    done = trainer.state.global_step
+    job.model.hrm.config = trainer.full_depth
+    run.save_model()
+    trainer.accelerator.wait_for_everyone()
+    if done < job.steps:
+        raise Interrupted(f"stopped after step {done} of {job.steps}; go on with run.resume={run.folder}")
 
 
-def make_optimizer(model: HRMGemmaForCausalLM, settings: Any) -> torch.optim.AdamW:
-    """AdamW with the core's and the adapters' own learning rates, in this order; only the core's matrices decay."""
-    groups = model.trainable_parameters()
-    matrices = [p for p in groups["core"] if p.ndim > 1]
-    biases = [p for p in groups["core"] if p.ndim == 1]
-    adapters = groups["lora_low"] + groups["lora_high"]
-    parts: list[dict[str, Any]] = [
-        {"params": matrices, "lr": settings.core_lr, "weight_decay": settings.weight_decay},
-        {"params": biases, "lr": settings.core_lr, "weight_decay": 0.0},
-        {"params": adapters, "lr": settings.adapter_lr, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(parts, betas=BETAS)
+class StopWhenAsked(TrainerCallback):
+    """Ends training with a checkpoint once any process was asked to stop: after the step that ran, or, where a batch
+    takes `repeats` steps, after the batch."""
+
+    def __init__(self, stop: StopOnInterrupt, repeats: int) -> None:
+        self._stop, self._repeats = stop, repeats
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        asked = torch.tensor(int(self._stop.asked), device=args.device)
+        if args.world_size > 1:  # signals do not reach all processes at the same step
+            torch.distributed.all_reduce(asked)
+        if int(asked) and state.global_step % self._repeats == 0:
+            control.should_save = control.should_training_stop = True
 
 
-def lr_factor(step: int, total: int, warmup: float) -> float:
-    """Share of the peak learning rate in step `step` (from 0) of `total`: a linear rise, then a cosine down to 0."""
-    rise = math.ceil(warmup * total)
-    if step < rise:
-        return (step + 1) / (rise + 1)
-    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, total - rise)))
-
-
-class StopOnInterrupt:
-    """While entered, the first Ctrl-C or SIGTERM only sets `asked`; the next one is Python's own again."""
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    def __enter__(self) -> StopOnInterrupt:
-        self._before = {number: signal.signal(number, self._ask) for number in self.SIGNALS}
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, before in self._before.items():
-            signal.signal(number, before)
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
-        self._restore()
-
-
-def progress_bar(console: Console) -> Progress:
-    """Steps done, time left and the latest metrics."""
-    text = TextColumn("{task.fields[text]}")
-    return Progress(TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), text,
-                    console=console)  # fmt: skip
-
-
-def peak_memory(device: torch.device) -> float:
-    """Most memory in use so far, in GB: the GPU's allocations, or the whole process elsewhere."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    import resource  # not on Windows
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
-def _metrics(
-    step: int, output: HRMOutput, norm: float, rates: Sequence[float], speed: float, device: torch.device
-) -> dict[str, float]:
-    assert output.loss is not None and output.segments_used is not None
-    return {
-        "step": step,
-        "loss": output.loss.item(),
-        "segments": float(output.segments_used),
-        "gradient_norm": norm,
-        "core_lr": rates[0],
-        "adapter_lr": rates[-1],
-        "tokens_per_second": speed,
-        "memory_gb": peak_memory(device),
-    }
-
-
-def _check_finite(loss: float, norm: float, step: int, rates: Sequence[float], run: Run) -> None:
-    if math.isfinite(loss) and math.isfinite(norm):
-        return
-    what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
-    good = "none has been written yet (train.save_every)"
-    if run.saved_at is not None:
-        good = f"{run.checkpoint}, of step {run.saved_at}"
-    raise TrainingError(
-        f"{what} at step {step}, with learning rates {rates[0]:.2g} (core) and {rates[-1]:.2g} (adapters); "
-        f"last good checkpoint: {good}"
-    )
+@contextmanager
+def _shown_warnings(console: Console) -> Iterator[None]:
+    """Inside, what the package warns of goes to the console, above the progress bar."""
+    log, handler = logging.getLogger("hrm"), RichHandler(console=console, show_path=False, show_time=False)
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)

@@ -34,8 +34,8 @@ def analyse_run(settings: Any) -> None:
     """
     # with accelerate, which the other verbs' start need not wait for
     from hrm.analysis.report import analyse
-    from hrm.data import batches, encode, load_problems
-    from hrm.generate import _load, find_checkpoint
+    from hrm.data import bad_row_of, batches, encode, load_problems
+    from hrm.generate import find_checkpoint, load_trained
     from hrm.train import load_tokenizer
 
     require(settings, "run", lambda value: value is not None, "given: hrm analyse run=FOLDER")
@@ -55,8 +55,10 @@ def analyse_run(settings: Any) -> None:
     except OSError as error:
         raise UsageError(f"output is {str(output)!r}, and cannot be written to: {error.strerror}") from error
     tokenizer = load_tokenizer(str(checkpoint))
-    rows = encode(load_problems(data, config.train.seed).train, template, tokenizer, data.max_length)
+    bad_row = bad_row_of(data)
+    problems = load_problems(data, config.train.seed, bad_row)
+    rows = encode(problems.train, template, tokenizer, data.max_length, bad_row)
     feed = batches(rows, settings.batch_size, tokenizer.pad_token_id, config.train.seed)
-    found = analyse(_load(checkpoint).train(), list(islice(feed, settings.batches)), output)
+    found = analyse(load_trained(checkpoint).train(), list(islice(feed, settings.batches)), output)
     print(found.table())
     print(f"Written to {output}")

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from hrm.curriculum import is_depth
 from hrm.data import first_line
 from hrm.puzzle.config import MODELS, PuzzleConfig
 from hrm.puzzle.engine import OPTIMIZERS
@@ -187,14 +188,7 @@ def check_puzzle_training(settings: Any) -> None:
     require(settings, "train.ema", lambda value: 0 <= value < 1, "from 0 to below 1")
     require(settings, "train.optimizer", lambda value: value in OPTIMIZERS, " or ".join(OPTIMIZERS))
     require(settings, "eval.limit", lambda value: value is None or value >= 1, "at least 1, or null")
-    require(settings, "train.depth", _is_depth, "[[share, h_cycles, l_steps], ...] with rising shares below 1")
-
-
-def _is_depth(stages: Any) -> bool:
-    shares = [stage[0] for stage in stages if len(stage) == 3]
-    counts = [count for stage in stages for count in stage[1:]]
-    rising = shares == sorted(shares) and all(0 < share < 1 for share in shares)
-    return rising and len(shares) == len(stages) and all(isinstance(n, int) and n >= 1 for n in counts)
+    require(settings, "train.depth", is_depth, "[[share, h_cycles, l_steps], ...] with rising shares below 1")
 
 
 def model_config(settings: Any, **from_data: int) -> PuzzleConfig:

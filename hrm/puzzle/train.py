@@ -6,23 +6,25 @@ import json
 import math
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
+from hrm.curriculum import set_depth, stages
 from hrm.puzzle.config import PuzzleConfig
 from hrm.puzzle.curve import learning_curve
 from hrm.puzzle.data import BatchStream, PuzzleSet, load_puzzles
 from hrm.puzzle.engine import NO_STEP, Engine
 from hrm.puzzle.evaluate import Evaluation, check_fit, evaluate
 from hrm.puzzle.model import PuzzleModel
-from hrm.puzzle.saving import MODEL, checkpoints, load_checkpoint, save_checkpoint, save_model
+from hrm.puzzle.saving import MODEL, load_checkpoint, save_checkpoint, save_model
 from hrm.puzzle.settings import model_config
+from hrm.running import Interrupted, StopOnInterrupt, TrainingError, new_run_folder, peak_memory, progress_bar
+from hrm.runs import METRICS, forget_after
+from hrm.saving import checkpoints
 from hrm.settings import UsageError
-from hrm.train import Interrupted, StopOnInterrupt, TrainingError, new_run_folder, peak_memory, progress_bar
 
 EXPLODED = 10.0  # times the loss of a uniform guess
 
@@ -53,32 +55,6 @@ def load_data(settings: Any) -> tuple[PuzzleSet, PuzzleSet | None]:
 
     made, held_out = generate(4, data.size, data.held_out, settings.train.seed)
     return made.puzzles, held_out.puzzles
-
-
-@dataclass
-class Stage:
-    """One depth of the curriculum and the first step that has it."""
-
-    first: int
-    h_cycles: int
-    l_steps: int
-
-
-def stages(depth: Any, steps: int, h_cycles: int, l_steps: int) -> list[Stage]:
-    """The curriculum's stages, the full depth last."""
-    ends = [0, *(round(share * steps) for share, _, _ in depth)]
-    return [Stage(*stage) for stage in zip(ends, [s[1] for s in depth] + [h_cycles], [s[2] for s in depth] + [l_steps],
-                                           strict=True)]  # fmt: skip
-
-
-def set_depth(config: PuzzleConfig, full: PuzzleConfig, stages: list[Stage], step: int) -> None:
-    """Gives `config` the depth of the stage that `step` belongs to; gradient as far as `full` lets it, and through the
-    whole cycle where it does."""
-    stage = next(stage for stage in reversed(stages) if stage.first <= step)
-    whole = full.grad_l_steps == full.l_steps
-    config.h_cycles, config.l_steps = stage.h_cycles, stage.l_steps
-    config.grad_cycles = min(full.grad_cycles, stage.h_cycles)
-    config.grad_l_steps = stage.l_steps if whole else min(full.grad_l_steps, stage.l_steps)
 
 
 def learning_rate(step: int, settings: Any) -> float:
@@ -123,9 +99,7 @@ class PuzzleRun:
             embedding_weight_decay=train.embedding_weight_decay, seed=train.seed,
             stagger=train.stagger,
         )  # fmt: skip
-        self.stream = BatchStream(
-            training, train.batch_size, train.seed, settings.data.augment, settings.data.easier
-        )
+        self.stream = BatchStream(training, train.batch_size, train.seed, settings.data.augment, settings.data.easier)
         self.stages = stages(train.depth, train.steps, config.h_cycles, config.l_steps)
         self.config = config
         self.step, self.logged, self.seconds = 0, 0, 0.0
@@ -191,7 +165,7 @@ class PuzzleRun:
         line = {"step": self.step, "seconds": round(self.seconds, 3), "lr": self._lr(self.step - 1)}
         line |= {k: v for k, v in values.items() if k not in ("rows", "worst_loss", "worst_norm", "bad_step")}
         line |= {"examples_per_second": speed, "memory_gb": peak_memory(self.engine.model.device)}
-        self._append("metrics.jsonl", line)
+        self._append(METRICS, line)
         return f"loss {values['loss']:.3f}  exact {values['exact']:.1%}  {speed:,.0f} examples/s"
 
     def _lr(self, step: int) -> float:
@@ -259,11 +233,6 @@ class PuzzleRun:
 
     def _forget_after(self, folder: Path, step: int) -> None:
         """Drops lines of steps that the checkpoint does not know, and a line cut short by a kill; they come again."""
-        for name in ("metrics.jsonl", "evaluations.jsonl"):
-            path = folder / name
-            if path.is_file():
-                whole = [text for text in path.read_text().splitlines(keepends=True) if text.endswith("\n")]
-                # the last evaluation is made again also where training was over
-                last = step if name == "metrics.jsonl" else min(step, self.settings.train.steps - 1)
-                kept = [text for text in whole if json.loads(text)["step"] <= last]
-                path.write_text("".join(kept))
+        forget_after(folder / METRICS, step)
+        # the last evaluation is made again also where training was over
+        forget_after(folder / "evaluations.jsonl", min(step, self.settings.train.steps - 1))

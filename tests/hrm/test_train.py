@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import signal
 import subprocess
@@ -18,8 +19,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from hrm import HRMGemmaForCausalLM
 from hrm.cli import main
 from hrm.evaluate import evaluate
+from hrm.running import Interrupted, TrainingError
 from hrm.settings import TrainingSettings, UsageError, load_settings
-from hrm.train import Interrupted, TrainingError, fine_tune, load_tokenizer, lr_factor, make_optimizer
+from hrm.train import fine_tune, load_tokenizer
+from hrm.trainer import lr_factor, make_optimizer
 
 QUIET = Console(quiet=True)
 
@@ -65,7 +68,7 @@ def test_learning_rate_rises_then_falls_to_zero():
 
 def test_core_and_adapters_have_their_own_learning_rates_and_only_matrices_decay(backbone):
     model = HRMGemmaForCausalLM.from_backbone(backbone, hrm={"d_l": 32, "d_h": 32, "head_size": 16, "attn_heads": 2})
-    options = SimpleNamespace(core_lr=1.0, adapter_lr=2.0, weight_decay=0.5)
+    options = SimpleNamespace(core_lr=1.0, adapter_lr=2.0, weight_decay=0.5, optimizer="adamw")
     groups = make_optimizer(model, options).param_groups
     assert [(group["lr"], group["weight_decay"]) for group in groups] == [(1, 0.5), (1, 0), (2, 0)]
     placed = [parameter for group in groups for parameter in group["params"]]
@@ -126,21 +129,35 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_last_good_checkpoint(sett
     assert "none has been written yet" in message
 
 
-def test_checkpoints_on_the_way_are_of_steps_that_did_no_harm(settings, monkeypatch):
+def broken_from(step, monkeypatch, until=10**6):
+    """Makes the loss NaN in training steps `step` to `until`."""
     forward, calls = HRMGemmaForCausalLM.forward, []
 
-    def break_at_third(self, *args, **kwargs):
+    def break_some(self, *args, **kwargs):
         output = forward(self, *args, **kwargs)
         if self.training:
             calls.append(1)
-        if len(calls) == 3:
-            output.loss = output.loss * float("nan")
+            if step <= len(calls) <= until:
+                output.loss = output.loss * float("nan")
         return output
 
-    monkeypatch.setattr(HRMGemmaForCausalLM, "forward", break_at_third)
-    with pytest.raises(TrainingError, match=r"the loss is nan at step 3, .*checkpoint, of step 1") as error:
-        run(settings("train.save_every=1", "train.steps=5"))
-    HRMGemmaForCausalLM.from_pretrained(str(error.value).partition("checkpoint: ")[2].rpartition(",")[0])
+    monkeypatch.setattr(HRMGemmaForCausalLM, "forward", break_some)
+
+
+def test_a_bad_step_is_skipped_and_counted(settings, monkeypatch):
+    broken_from(2, monkeypatch, until=2)
+    folder = run(settings("train.save_every=1", "train.steps=4"))
+    steps = [row for row in metrics(folder) if row["event"] == "step"]
+    assert [row["skipped_steps"] for row in steps] == [0, 1, 1, 1]
+    assert [math.isfinite(float(row["loss"])) for row in steps] == [True, False, True, True]
+    assert all(p.isfinite().all() for p in HRMGemmaForCausalLM.from_pretrained(folder / "checkpoint").parameters())
+
+
+def test_too_many_bad_steps_stop_training_and_name_the_last_good_checkpoint(settings, monkeypatch):
+    broken_from(4, monkeypatch)
+    message = r"the loss is nan at step 4, .* and 3 steps in a row .*last good checkpoint: .*step-00000002, of step 2"
+    with pytest.raises(TrainingError, match=message):
+        run(settings("train.save_every=1", "train.steps=50", "train.skip_limit=3"))
 
 
 def test_failures_are_one_line_and_status_1(settings, capsys):
@@ -215,7 +232,7 @@ def test_ctrl_c_leaves_a_checkpoint_that_loads_and_says_where(settings, tmp_path
         process.kill()
     assert process.returncode == 130, notes
     (checkpoint,) = (tmp_path / "runs").glob("*/checkpoint")
-    assert notes.strip().endswith(f"the checkpoint is {checkpoint}")
+    assert notes.strip().endswith(f"go on with run.resume={checkpoint.parent}")
     assert HRMGemmaForCausalLM.from_pretrained(checkpoint).hrm.w_out.abs().max() > 0
     assert torch.isfinite(torch.tensor(losses(checkpoint.parent))).all()
 

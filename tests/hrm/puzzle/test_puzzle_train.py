@@ -17,15 +17,17 @@ from rich.console import Console
 from safetensors import SafetensorError
 
 from hrm.cli import main
+from hrm.curriculum import set_depth, stages
 from hrm.puzzle import PuzzleConfig
 from hrm.puzzle import settings as puzzle_settings
 from hrm.puzzle.engine import Engine
-from hrm.puzzle.saving import STATE, checkpoints, load_checkpoint, load_model, save_checkpoint
+from hrm.puzzle.saving import STATE, load_checkpoint, load_model, save_checkpoint
 from hrm.puzzle.settings import load_puzzle_settings
 from hrm.puzzle.sudoku import generate
-from hrm.puzzle.train import PuzzleRun, learning_rate, set_depth, stages, train_puzzle
+from hrm.puzzle.train import PuzzleRun, learning_rate, train_puzzle
+from hrm.running import Interrupted, TrainingError
+from hrm.saving import checkpoints
 from hrm.settings import UsageError
-from hrm.train import Interrupted, TrainingError
 
 SMALL = [
     "puzzle=sudoku-4x4",

@@ -1,0 +1,80 @@
+"""What every training run needs around its loop: a folder, a way to stop it, a progress bar, and the memory in use."""
+
+from __future__ import annotations
+
+import itertools
+import signal
+import sys
+from datetime import datetime
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from hrm.settings import UsageError
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says at which step, and which checkpoint is good."""
+
+
+class Interrupted(Exception):
+    """The user stopped the training; the message says where its checkpoint is."""
+
+
+def new_run_folder(settings: Any, name: str) -> Path:
+    """Makes `run.folder`/<name>-<time> and writes its config.yaml; a UsageError where there is no making it."""
+    stem = f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+    names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
+    folder = next(path for name in names if not (path := Path(settings.run.folder) / name).exists())
+    try:
+        folder.mkdir(parents=True)
+        OmegaConf.save(settings, folder / "config.yaml")
+    except OSError as error:
+        raise UsageError(f"run.folder is {settings.run.folder!r}, and cannot be written to: {error}") from error
+    return folder
+
+
+class StopOnInterrupt:
+    """While entered, the first Ctrl-C or SIGTERM only sets `asked`; the next one is Python's own again."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> StopOnInterrupt:
+        self._before = {number: signal.signal(number, self._ask) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, before in self._before.items():
+            signal.signal(number, before)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        self._restore()
+
+
+def progress_bar(console: Console) -> Progress:
+    """Steps done, time left and the latest metrics."""
+    text = TextColumn("{task.fields[text]}")
+    return Progress(TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), text,
+                    console=console)  # fmt: skip
+
+
+def peak_memory(device: torch.device) -> float:
+    """Most memory in use so far, in GB: the GPU's allocations, or the whole process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    import resource  # not on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -1,0 +1,428 @@
+"""transformers' Trainer with what HRM adds: deep supervision, growing depth, steps that fit the memory, resume."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from hrm.batching import BatchPlan, Rows, StepRows, micro_batches, scored_tokens
+from hrm.core import HRMCarry
+from hrm.curriculum import SegmentGrowth, set_depth, stages
+from hrm.data import Encoded
+from hrm.loss import IGNORED
+from hrm.modeling import HRMGemmaForCausalLM, HRMOutput
+from hrm.running import TrainingError, peak_memory
+from hrm.saving import checkpoint_folder, checkpoints, remove_old_checkpoints, step_of
+from hrm.training_state import check_training, load_optimizer, load_rank, load_weights, save_training
+
+logger = logging.getLogger("hrm")
+
+BETAS = (0.9, 0.95)  # of AdamW, as in arXiv 2506.21734
+
+
+class HRMTrainer(Trainer):
+    """Trains a core and adapters on rows of prompts and answers.
+
+    An optimizer step sees `settings.batch_size` rows over all processes, in parts of `micro_batch` rows a process. With
+    update_every "batch" it is one step for all segments, whose gradients reach the backbone in one backward pass; with
+    "segment" each batch is trained on for as many steps as it has segments, and the carry goes from one to the next.
+
+    Args:
+        model: in the precision that it trains in.
+        rows: what is trained on.
+        settings: the `train` section of `TrainingSettings`.
+        folder: of the run; checkpoints go into it.
+        pad: token id that fills rows up.
+        steps: optimizer steps.
+        callbacks: see `hrm.monitor`.
+    """
+
+    def __init__(
+        self, model: HRMGemmaForCausalLM, rows: Sequence[Encoded], settings: Any, folder: Path, *, pad: int, steps: int,
+        callbacks: Iterable[TrainerCallback] = (),
+    ) -> None:  # fmt: skip
+        self.core_model, self.rows, self.settings, self.folder, self.pad = model, rows, settings, folder, pad
+        core = model.hrm.config
+        self.full_depth = replace(core)
+        self.segments = core.max_segments if core.act else core.segments
+        self.repeats = self.segments if settings.update_every == "segment" else 1
+        self.depth = stages(settings.depth, steps, core.h_cycles, core.l_steps)
+        self.growth = SegmentGrowth(
+            self.segments, settings.segment_growth, steps, settings.plateau_window, settings.plateau_tolerance
+        )
+        self.micro_batch = settings.micro_batch or settings.batch_size
+        self.skipped, self.skipped_in_row, self._first_bad, self._why = 0, 0, 0, ""
+        self._carries: list[HRMCarry] = []
+        self._halted: list[Tensor] = []
+        self._seen = Measurements()
+        if settings.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        super().__init__(
+            model=model, args=self._arguments(settings, steps), train_dataset=Rows(rows), callbacks=list(callbacks)
+        )
+        self.remove_callback(PrinterCallback)
+        self.micro_batch = min(self.micro_batch, settings.batch_size // self.args.world_size)
+
+    def _arguments(self, settings: Any, steps: int) -> TrainingArguments:
+        cuda = torch.cuda.is_available()
+        return TrainingArguments(
+            output_dir=str(self.folder),
+            max_steps=steps,
+            learning_rate=settings.core_lr,
+            max_grad_norm=settings.clip,
+            bf16=cuda,
+            use_cpu=not cuda,
+            seed=settings.seed,
+            full_determinism=settings.deterministic,
+            logging_steps=settings.log_every,
+            logging_nan_inf_filter=False,  # a loss that is not finite is to be seen
+            save_strategy="steps",
+            save_steps=-(-settings.save_every // self.repeats) * self.repeats,  # between batches
+            report_to=list(settings.report_to) or "none",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            ddp_find_unused_parameters=False,
+        )
+
+    # ------------------------------------------------------------------------------------------------ data
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Every step's rows on this process; nothing is left for accelerate to deal out."""
+        plan = BatchPlan(
+            [len(row.prompt) + len(row.answer) for row in self.rows],
+            batch_size=self.settings.batch_size,
+            batches=-(-self.args.max_steps // self.repeats),
+            seed=self.settings.seed,
+            segments=self.repeats,
+            rank=self.args.process_index,
+            world=self.args.world_size,
+        )
+        return DataLoader(self.train_dataset, batch_sampler=plan, collate_fn=StepRows)  # type: ignore[arg-type]
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> None:
+        return None  # `training_step` counts, over all processes
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        return 0  # transformers' estimate knows no recurrence
+
+    # ------------------------------------------------------------------------------------------------ one step
+
+    def training_step(self, model: nn.Module, inputs: StepRows, num_items_in_batch: Any = None) -> Tensor:  # type: ignore[override]
+        """Gradients of one optimizer step; out of memory, it is done again in smaller parts."""
+        model.train()
+        set_depth(self.core_model.hrm.config, self.full_depth, self.depth, self.state.global_step)
+        if inputs.segment == 0:
+            self._carries, self._halted = [], []
+        generators = _generators(self.args.device)
+        while True:
+            try:
+                loss = self._gradients(model, inputs)
+                break
+            except torch.OutOfMemoryError as error:
+                why = str(error)
+            self._smaller(inputs, why)  # outside: the exception holds on to the failed pass
+            model.zero_grad(set_to_none=True)
+            _set_generators(generators, self.args.device)
+        if self.settings.segment_growth == "plateau":
+            self.growth.saw(float(self._mean_over_processes(loss)))
+        return loss
+
+    def _gradients(self, model: nn.Module, inputs: StepRows) -> Tensor:
+        items = self._sum_over_processes(scored_tokens(inputs.rows)).clamp_min(1)
+        self._seen.begin_step()
+        total = torch.zeros((), device=self.args.device)
+        parts = self._parts(inputs)
+        carries, halted = [], []
+        for number, part in enumerate(parts):
+            last = number == len(parts) - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                output = self._forward(model, part, inputs.segment, number, items)
+                assert output.loss is not None
+                loss = output.loss * self._weight(inputs.segment)
+                self.accelerator.backward(loss * self.args.world_size)  # processes' gradients are averaged
+            total += loss.detach() * self.args.world_size
+            self._seen.add(output, part)
+            if self.repeats > 1:
+                carries.append(_lowered(output.carry, self.args.bf16))
+                halted.append(carries[-1].halted | (self._halted[number] if inputs.segment else False))
+        self._carries, self._halted = carries, halted
+        return total
+
+    def _parts(self, inputs: StepRows) -> list[dict[str, Tensor]]:
+        if self.repeats == 1:
+            parts = micro_batches(inputs.rows, self.micro_batch, self.pad, pack=self.settings.pack)
+        else:  # all of one width, so that carries can be cut anew where parts become smaller
+            (whole,) = micro_batches(inputs.rows, len(inputs.rows), self.pad, pack=False)
+            cut = [tensor.split(self.micro_batch) for tensor in whole.values()]
+            parts = [dict(zip(whole, tensors, strict=True)) for tensors in zip(*cut, strict=True)]
+        return [{name: tensor.to(self.args.device) for name, tensor in part.items()} for part in parts]
+
+    def _forward(
+        self, model: nn.Module, part: dict[str, Tensor], segment: int, number: int, items: Tensor
+    ) -> HRMOutput:
+        if self.repeats == 1:
+            return model(**part, segments=self.growth.at(self.state.global_step), num_items_in_batch=items)
+        carry = None
+        if segment:
+            carry = self._carries[number]
+            part["labels"] = part["labels"].masked_fill(self._halted[number][:, None], IGNORED)  # they are done
+        return model(**part, segments=1, carry=carry, num_items_in_batch=items)
+
+    def _weight(self, segment: int) -> float:
+        """What a step's loss is multiplied by; with update_every "batch" the model weighs its segments itself."""
+        weights = self.core_model.hrm.config.segment_weights
+        return 1.0 if self.repeats == 1 or weights is None else weights[segment]
+
+    def _smaller(self, inputs: StepRows, why: str) -> None:
+        """Halves the parts of a step, or gives up where there is nothing to halve."""
+        if self.args.world_size > 1:
+            raise TrainingError(
+                f"out of memory on process {self.args.process_index} at step {self.state.global_step + 1}, with "
+                f"train.micro_batch={self.micro_batch}; with several processes it should be set lower by hand ({why})"
+            )
+        size = min(self.micro_batch, len(inputs.rows))
+        if size == 1:
+            raise TrainingError(f"out of memory at step {self.state.global_step + 1} with one row at a time ({why})")
+        self.micro_batch = -(-size // 2)
+        logger.warning(
+            "out of memory with %d rows at a time; going on with %d, in the same batches of %d",
+            size, self.micro_batch, self.settings.batch_size,
+        )  # fmt: skip
+        self._carries = _cut(self._carries, self.micro_batch)
+        self._halted = list(torch.cat(self._halted).split(self.micro_batch)) if self._halted else []
+        if self.args.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor | float | None:
+        """Clips; a gradient that is not finite is thrown away, and the step with it."""
+        norm = super()._clip_grad_norm(model)
+        value = float(norm)  # type: ignore[arg-type]  # the clip is above 0
+        if math.isfinite(value):
+            self.skipped_in_row = 0
+            return norm
+        step = self.state.global_step + 1
+        if not self.skipped_in_row:
+            self._first_bad = step
+            self._why = (
+                f"the loss is {self._seen.loss}"
+                if not math.isfinite(self._seen.loss)
+                else f"the gradient's norm is {value}"
+            )
+        self.skipped, self.skipped_in_row = self.skipped + 1, self.skipped_in_row + 1
+        logger.warning("step %d is skipped: %s", step, self._why)
+        model.zero_grad(set_to_none=True)  # the optimizer passes over what has no gradient
+        if self.skipped_in_row >= self.settings.skip_limit:
+            raise TrainingError(self._no_way_on())
+        return norm
+
+    def _no_way_on(self) -> str:
+        rates = self.lr_scheduler.get_last_lr()  # type: ignore[union-attr]
+        good = [path for path in checkpoints(self.folder) if step_of(path) < self._first_bad - 1]
+        last = f"{good[-1]}, of step {step_of(good[-1])}" if good else "none has been written yet (train.save_every)"
+        return (
+            f"{self._why} at step {self._first_bad}, with learning rates {rates[0]:.2g} (core) and {rates[-1]:.2g} "
+            f"(adapters), and {self.skipped_in_row} steps in a row had to be skipped; last good checkpoint: {last}"
+        )
+
+    # ------------------------------------------------------------------------------------------------ optimizer
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """AdamW with the core's and the adapters' own learning rates, in this order; only the core's matrices decay."""
+        if self.optimizer is None:
+            self.optimizer = make_optimizer(self.core_model, self.settings)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """A linear rise, then a cosine down to 0."""
+        if self.lr_scheduler is None:
+            warmup = self.settings.warmup
+
+            def factor(step: int) -> float:
+                return lr_factor(step, num_training_steps, warmup)
+
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.create_optimizer(), factor)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    # ------------------------------------------------------------------------------------------------ what is told
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds what the steps since the last log measured."""
+        if "loss" in logs:
+            self._tr_loss.zero_()  # the Trainer subtracts it from itself, which a NaN survives
+            logs |= self._seen.read(self._sum_over_processes)
+            logs["adapter_lr"] = float(self.lr_scheduler.get_last_lr()[-1])  # type: ignore[union-attr]
+            logs |= {"memory_gb": peak_memory(self.args.device), "skipped_steps": self.skipped}
+            logs["micro_batch"] = self.micro_batch
+            if self.repeats == 1:
+                logs["segment_limit"] = self.growth.at(max(self.state.global_step - 1, 0))
+        super().log(logs, start_time)
+
+    # ------------------------------------------------------------------------------------------------ checkpoints
+
+    def progress(self) -> dict[str, Any]:
+        """What of a run is neither the Trainer's nor a tensor; JSON."""
+        return {"skipped": self.skipped, "micro_batch": self.micro_batch, "growth": self.growth.state()}
+
+    def load_progress(self, progress: dict[str, Any]) -> None:
+        """Puts back what `progress` gave."""
+        self.skipped, self.micro_batch = progress["skipped"], progress["micro_batch"]
+        self.growth.load_state(progress["growth"])
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Writes one, unless the last step was skipped: what it would hold may be what does the harm."""
+        if self.skipped_in_row:
+            if self.state.global_step >= self.args.max_steps:
+                raise TrainingError(self._no_way_on())
+            return
+        self._check_weights()
+        save_training(self, checkpoint_folder(self.folder, self.state.global_step))
+        if self.is_world_process_zero():
+            remove_old_checkpoints(self.folder)
+
+    def _check_weights(self) -> None:
+        """No checkpoint of weights that are not finite is ever written."""
+        bad = [name for name, p in self.core_model.named_parameters() if p.requires_grad and not p.isfinite().all()]
+        if bad:
+            self._first_bad, self._why = self.state.global_step, f"the weights {bad[0]} are not finite"
+            raise TrainingError(self._no_way_on())
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        check_training(Path(resume_from_checkpoint))
+        whole = self.core_model if model is None else model
+        load_weights(Path(resume_from_checkpoint), whole)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            load_optimizer(self, Path(checkpoint))
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        pass  # bfloat16 needs none
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            load_rank(self, Path(checkpoint))
+
+    # ------------------------------------------------------------------------------------------------ processes
+
+    def _sum_over_processes(self, value: Any) -> Tensor:
+        return self.accelerator.reduce(torch.as_tensor(value, device=self.args.device), reduction="sum")
+
+    def _mean_over_processes(self, value: Tensor) -> Tensor:
+        return self._sum_over_processes(value.detach().clone()) / self.args.world_size
+
+
+# ---------------------------------------------------------------------------------------------------- parts
+
+
+class Measurements:
+    """Sums of what steps measure, on the device until they are read."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = defaultdict(int)
+        self._tokens: int | Tensor = 0
+        self._since = time.perf_counter()
+        self._losses: list[Tensor] = []
+
+    def begin_step(self) -> None:
+        self._losses = []
+
+    @property
+    def loss(self) -> float:
+        """The loss of the current step."""
+        return float(sum(self._losses))
+
+    def add(self, output: HRMOutput, part: dict[str, Tensor]) -> None:
+        """Takes note of one forward pass."""
+        assert output.loss is not None and output.segment_losses is not None and output.segments_used is not None
+        self._losses.append(output.loss.detach())
+        self._tokens += part["input_ids"].numel() if "attention_mask" not in part else part["attention_mask"].sum()
+        values = {"segments": output.segments_used}
+        values |= {f"segment_loss_{m}": loss for m, loss in enumerate(output.segment_losses, 1)}
+        if output.residuals is not None:
+            values |= {"residual_l": output.residuals[-1, 0], "residual_h": output.residuals[-1, 1]}
+            for m, (residual_l, residual_h) in enumerate(output.residuals, 1):
+                values |= {f"residual_l_{m}": residual_l, f"residual_h_{m}": residual_h}
+        if output.q is not None:
+            values |= {"q_halt": output.q[0], "q_continue": output.q[1]}
+        if output.q_loss is not None:
+            values["q_loss"] = output.q_loss.detach()
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, 0) + value.detach().float()
+            self._counts[name] += 1
+
+    def read(self, over_processes: Any) -> dict[str, float]:
+        """Means over the passes since the last reading, and tokens a second over all processes."""
+        now = time.perf_counter()
+        means = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
+        speed = float(over_processes(self._tokens)) / (now - self._since)
+        self._sums, self._tokens, self._since = {}, 0, now
+        self._counts.clear()
+        return {**means, "tokens_per_second": speed}
+
+
+def make_optimizer(model: HRMGemmaForCausalLM, settings: Any) -> torch.optim.Optimizer:
+    """AdamW with the core's and the adapters' own learning rates, in this order; only the core's matrices decay."""
+    groups = model.trainable_parameters()
+    matrices = [p for p in groups["core"] if p.ndim > 1]
+    biases = [p for p in groups["core"] if p.ndim == 1]
+    adapters = groups["lora_low"] + groups["lora_high"]
+    parts: list[dict[str, Any]] = [
+        {"params": matrices, "lr": settings.core_lr, "weight_decay": settings.weight_decay},
+        {"params": biases, "lr": settings.core_lr, "weight_decay": 0.0},
+        {"params": adapters, "lr": settings.adapter_lr, "weight_decay": 0.0},
+    ]
+    parts = [part for part in parts if part["params"]]
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(parts, betas=BETAS)
+    import bitsandbytes
+
+    kind = {"adamw_8bit": bitsandbytes.optim.AdamW8bit, "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit}
+    return kind[settings.optimizer](parts, betas=BETAS)
+
+
+def lr_factor(step: int, total: int, warmup: float) -> float:
+    """Share of the peak learning rate in step `step` (from 0) of `total`: a linear rise, then a cosine down to 0."""
+    rise = math.ceil(warmup * total)
+    if step < rise:
+        return (step + 1) / (rise + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, total - rise)))
+
+
+def _lowered(carry: HRMCarry | None, bf16: bool) -> HRMCarry:
+    """A carry as the core made it: accelerate's wrapper turns what a forward pass returns into float32."""
+    assert carry is not None
+    dtype = torch.bfloat16 if bf16 else carry.z_l.dtype
+    return HRMCarry(carry.z_l.to(dtype), carry.z_h.to(dtype), carry.steps, carry.halted)
+
+
+def _cut(carries: Sequence[HRMCarry], rows: int) -> list[HRMCarry]:
+    """The same rows in parts of `rows`."""
+    if not carries:
+        return []
+    whole = [torch.cat(parts).split(rows) for parts in zip(*carries, strict=True)]
+    return [HRMCarry(*parts) for parts in zip(*whole, strict=True)]
+
+
+def _generators(device: torch.device) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
+
+
+def _set_generators(states: Sequence[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)

@@ -1,0 +1,194 @@
+"""A training's whole state in one folder: safetensors and JSON, complete or not there, and refused where damaged.
+
+    model.safetensors      what trains, and the core's buffers
+    optimizer.safetensors  its tensors by parameter; numbers are in optimizer.json
+    trainer_state.json     the Trainer's own: step, epoch, what was logged
+    progress.json          schedule, curriculum, counters, how many processes wrote this
+    rank-<r>.safetensors   of each process: replay buffer and generators; numbers of these in rank-<r>.json
+    manifest.json          SHA-256 of each file
+
+Nothing is pickled. A checkpoint is written between batches, when no carry is under way.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import set_seed
+from transformers.trainer import TRAINER_STATE_NAME
+
+from hrm.saving import check_manifest, read_json, read_tensors, replace_folder, write_json, write_tensors
+from hrm.settings import UsageError
+
+if TYPE_CHECKING:
+    from hrm.trainer import HRMTrainer
+
+MODEL, OPTIMIZER, NUMBERS, PROGRESS = "model.safetensors", "optimizer.safetensors", "optimizer.json", "progress.json"
+OPTIONS = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+
+
+def save_training(trainer: HRMTrainer, folder: Path) -> None:
+    """Writes `folder`; every process takes part, the first one puts it in place.
+
+    Raises:
+        UsageError: it cannot be written, for want of space say; what was there before still is.
+    """
+    model = trainer.model_wrapped
+    weights: dict[str, Any] = get_model_state_dict(model, options=OPTIONS)  # these two gather what is spread out
+    tensors, numbers = _optimizer_state(trainer)
+    if not trainer.is_world_process_zero():
+        _write_rank(trainer, Path(_told(None)))
+        trainer.accelerator.wait_for_everyone()  # the files of all processes are there
+        trainer.accelerator.wait_for_everyone()  # the folder has its name
+        return
+
+    def fill(place: Path) -> None:
+        _told(str(place))
+        _write_rank(trainer, place)
+        write_tensors(place / MODEL, weights)
+        write_tensors(place / OPTIMIZER, tensors)
+        write_json(place / NUMBERS, numbers)
+        trainer.state.save_to_json(str(place / TRAINER_STATE_NAME))
+        progress = {"world": trainer.args.world_size, "schedule": _schedule(trainer)}
+        write_json(place / PROGRESS, {**progress, **trainer.progress()})
+        trainer.accelerator.wait_for_everyone()
+
+    replace_folder(folder, fill)
+    trainer.accelerator.wait_for_everyone()
+
+
+def check_training(folder: Path) -> None:
+    """Raises a UsageError that names the file of a checkpoint that is missing or damaged."""
+    check_manifest(folder)
+
+
+def load_weights(folder: Path, model: torch.nn.Module) -> None:
+    """Puts a checkpoint's weights into `model`.
+
+    Raises:
+        UsageError: they are not this model's; the message names the first.
+    """
+    weights = read_tensors(folder / MODEL)
+    own: dict[str, Any] = get_model_state_dict(model, options=OPTIONS)
+    problems = [f"{name} is missing" for name in own if name not in weights]
+    problems += [f"{name} is not in the model" for name in weights if name not in own]
+    for name in own.keys() & weights.keys():
+        was, should = tuple(weights[name].shape), tuple(own[name].shape)
+        problems += [f"{name} is {was} instead of {should}"] if was != should else []
+    if problems:
+        raise UsageError(f"{folder / MODEL} does not fit this run: {problems[0]}")
+    set_model_state_dict(model, dict(weights), options=StateDictOptions(full_state_dict=True, strict=False))
+
+
+def load_optimizer(trainer: HRMTrainer, folder: Path) -> None:
+    """Puts back the optimizer, its schedule, and what `HRMTrainer.progress` gave."""
+    optimizer, numbers = _optimizer(trainer), read_json(folder / NUMBERS)
+    found: dict[str, dict[str, Any]] = {name: dict(values) for name, values in numbers["state"].items()}
+    for key, tensor in read_tensors(folder / OPTIMIZER).items():
+        name, _, part = key.rpartition("/")
+        found.setdefault(name, {})[part] = tensor
+    names = _names(trainer)
+    for group, rates in zip(optimizer.param_groups, numbers["rates"], strict=True):
+        group |= rates
+        for parameter in group["params"]:
+            state = found.get(names[id(parameter)], {})
+            optimizer.state[parameter] = {key: _like(value, parameter, group) for key, value in state.items()}
+    progress = read_json(folder / PROGRESS)
+    trainer.create_scheduler(trainer.args.max_steps).load_state_dict(progress["schedule"])
+    trainer.load_progress(progress)
+
+
+def load_rank(trainer: HRMTrainer, folder: Path) -> None:
+    """Puts back this process's generators and replay buffer.
+
+    With another number of processes than wrote the checkpoint, buffers are dealt out in turn, and generators start anew
+    from the seed, the step and the process.
+    """
+    args, written = trainer.args, read_json(folder / PROGRESS)["world"]
+    rank = args.process_index % written
+    tensors, numbers = read_tensors(folder / f"rank-{rank}.safetensors"), read_json(folder / f"rank-{rank}.json")
+    replay = {name.removeprefix("replay."): t for name, t in tensors.items() if name.startswith("replay.")}
+    trainer.core_model.replay.load_state(replay, args.device)
+    if written != args.world_size:
+        seed = [args.seed, trainer.state.global_step, args.process_index]
+        set_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
+        return
+    version, words, gauss = numbers["python"]
+    random.setstate((version, tuple(words), gauss))
+    kind, position, has_gauss, cached = numbers["numpy"]
+    np.random.set_state((kind, tensors["numpy"].numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(tensors["torch"])
+    if "cuda" in tensors and args.device.type == "cuda":
+        torch.cuda.set_rng_state(tensors["cuda"], args.device)
+
+
+def _optimizer(trainer: HRMTrainer) -> Any:
+    return getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # below accelerate's wrapper
+
+
+def _names(trainer: HRMTrainer) -> dict[int, str]:
+    """Of the parameters that train, by identity; without what wrappers put in front."""
+    return {id(p): name.removeprefix("module.") for name, p in trainer.model_wrapped.named_parameters()}
+
+
+def _optimizer_state(trainer: HRMTrainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The optimizer's tensors, as "parameter/key", and its numbers; every process takes part."""
+    optimizer, names = _optimizer(trainer), _names(trainer)
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, dict[str, Any]] = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            name = names[id(parameter)]
+            for key, value in optimizer.state.get(parameter, {}).items():
+                if isinstance(value, Tensor):
+                    tensors[f"{name}/{key}"] = value.full_tensor() if isinstance(value, DTensor) else value
+                else:
+                    numbers.setdefault(name, {})[key] = value
+    rates = [{key: group[key] for key in ("lr", "initial_lr") if key in group} for group in optimizer.param_groups]
+    return tensors, {"state": numbers, "rates": rates}
+
+
+def _like(value: Any, parameter: Tensor, group: dict[str, Any]) -> Any:
+    """A state's value where its parameter is, and cut as it is."""
+    if not isinstance(value, Tensor):
+        return value
+    if isinstance(parameter, DTensor) and value.shape == parameter.shape:
+        return distribute_tensor(value, parameter.device_mesh, parameter.placements)
+    counter = value.dim() == 0 and not (group.get("fused") or group.get("capturable"))  # torch keeps it on the CPU
+    return value.clone() if counter else value.to(parameter.device, copy=True)
+
+
+def _schedule(trainer: HRMTrainer) -> dict[str, Any]:
+    assert trainer.lr_scheduler is not None
+    return trainer.lr_scheduler.state_dict()
+
+
+def _write_rank(trainer: HRMTrainer, place: Path) -> None:
+    rank, device = trainer.args.process_index, trainer.args.device
+    kind, words, position, has_gauss, cached = tuple[Any, ...](np.random.get_state())
+    tensors = {f"replay.{name}": tensor for name, tensor in trainer.core_model.replay.state().items()}
+    tensors |= {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(words.astype(np.int64))}
+    if device.type == "cuda":
+        tensors["cuda"] = torch.cuda.get_rng_state(device)
+    write_tensors(place / f"rank-{rank}.safetensors", tensors)
+    numbers = {"python": random.getstate(), "numpy": [kind, position, has_gauss, cached]}
+    write_json(place / f"rank-{rank}.json", numbers)
+
+
+def _told(place: str | None) -> str:
+    """The first process's `place`, on every process."""
+    heard: list[Any] = [place]
+    broadcast_object_list(heard)
+    return heard[0]

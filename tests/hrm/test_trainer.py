@@ -1,0 +1,374 @@
+"""The Trainer: what a step is, memory, resume, and how the depth grows."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from tiny_backbone import TINY_CORE, save_tiny_backbone
+
+from hrm import HRMGemmaForCausalLM
+from hrm.batching import BatchPlan, micro_batches
+from hrm.curriculum import SegmentGrowth
+from hrm.data import Template, encode, load_problems
+from hrm.loss import IGNORED
+from hrm.running import TrainingError
+from hrm.saving import checkpoints
+from hrm.settings import TrainingSettings, UsageError, load_settings
+from hrm.train import fine_tune, load_model, load_tokenizer
+from hrm.trainer import lr_factor, make_optimizer
+
+Load = Callable[..., list[str]]
+QUIET = Console(quiet=True)
+ACT = ["hrm.act=true", "hrm.max_segments=3", "hrm.exploration=0.5"]
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_backbone(tmp_path_factory.mktemp("backbone"))
+
+
+@pytest.fixture
+def settings(backbone: Path, tmp_path: Path) -> Load:
+    """settings(*overrides): a training of six steps on rows of different lengths, which ends without an evaluation."""
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": "?" * (1 + n % 7), "answer": "yes " * (1 + n % 3)} for n in range(40)]
+    rows += [{"prompt": f"held out {n}", "answer": "no"} for n in range(2)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def load(*overrides: str) -> list[str]:
+        own = [f"hrm.backbone={backbone}", *TINY_CORE, f"data.path={path}", f"run.folder={tmp_path / 'runs'}"]
+        own += ["train.steps=6", "train.batch_size=4", "train.save_every=1", "eval.max_new_tokens=1"]
+        return [*own, "data.held_out=1", "train.core_lr=0.01", "train.adapter_lr=0.01", *overrides]
+
+    return load
+
+
+def run(arguments: list[str]) -> Path:
+    return fine_tune(load_settings(TrainingSettings, arguments), QUIET)
+
+
+def resume(folder: Path) -> Path:
+    return run([f"run.resume={folder}"])
+
+
+def steps(folder: Path) -> list[dict[str, Any]]:
+    timed = ("tokens_per_second", "memory_gb")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in timed} for line in lines if line["event"] == "step"]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(checkpoints(folder)[-1] / "model.safetensors")
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], tolerance: float = 0.0) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert (tensor - other[name]).norm() <= tolerance * tensor.norm(), name
+
+
+# ---------------------------------------------------------------------------------------------------- what a step is
+
+
+def by_hand(arguments: list[str], *, per_segment: bool) -> dict[str, torch.Tensor]:
+    """The same training as a plain loop over whole batches."""
+    config = load_settings(TrainingSettings, arguments)
+    tokenizer = load_tokenizer(config.hrm.backbone)
+    problems = load_problems(config.data, config.train.seed)
+    rows = encode(problems.train, Template(config.data.template), tokenizer, config.data.max_length)
+    model = load_model(config.hrm.backbone, config).train()
+    optimizer = make_optimizer(model, config.train)
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    segments = model.hrm.config.segments
+    lengths = [len(row.prompt) + len(row.answer) for row in rows]
+    plan = BatchPlan(lengths, batch_size=config.train.batch_size, batches=6, seed=config.train.seed)
+    carry, batches = None, iter(plan)
+    for step in range(config.train.steps):
+        if step % (segments if per_segment else 1) == 0:
+            chosen, carry = [rows[place.row] for place in next(batches)], None
+        (batch,) = micro_batches(chosen, len(chosen), tokenizer.pad_token_id, pack=False)
+        out = model(**batch, segments=1 if per_segment else segments, carry=carry)
+        carry = out.carry if per_segment else None
+        out.loss.backward()
+        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], config.train.clip)
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * lr_factor(step, config.train.steps, config.train.warmup)
+        optimizer.step()
+        optimizer.zero_grad()
+    return dict(model.named_parameters())
+
+
+@pytest.mark.parametrize("micro_batch", [4, 3, 1])
+@pytest.mark.parametrize("update", ["batch", "segment"])
+def test_steps_and_batches_are_those_of_a_plain_loop(settings: Load, update: str, micro_batch: int) -> None:
+    arguments = settings("hrm.segments=2", f"train.update_every={update}", f"train.micro_batch={micro_batch}")
+    expected = by_hand(arguments, per_segment=update == "segment")
+    found = weights(run(arguments))
+    trained = {name: expected[name] for name in found if name in expected}
+    assert any("lora_B" in name for name in trained) and "hrm.w_out" in trained
+    assert_same(trained, {name: found[name] for name in trained}, tolerance=2e-4)
+
+
+def test_packing_trains_the_same(settings: Load) -> None:
+    plain, packed = (run(settings("hrm.segments=2", f"train.pack={pack}", "train.micro_batch=2")) for pack in (0, 1))
+    assert_same(weights(plain), weights(packed), tolerance=2e-4)
+
+
+def test_a_plan_is_a_function_of_seed_and_step() -> None:
+    lengths = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]
+    plan = BatchPlan(lengths, batch_size=4, batches=5, seed=7)
+    seen = [place.row for batch in plan for place in batch]
+    assert sorted(seen) == sorted([*range(10), *range(10)])  # two passes, each row once in each
+    assert list(plan) == list(BatchPlan(lengths, batch_size=4, batches=9, seed=7))[:5]
+    assert list(plan) != list(BatchPlan(lengths, batch_size=4, batches=5, seed=8))
+    for batch in plan:
+        assert [lengths[place.row] for place in batch] == sorted(lengths[place.row] for place in batch)
+    halves = [BatchPlan(lengths, batch_size=4, batches=5, seed=7, rank=rank, world=2) for rank in range(2)]
+    for whole, *parts in zip(plan, *halves, strict=True):
+        assert sorted(whole) == sorted(parts[0] + parts[1]) and len(parts[0]) == len(parts[1]) == 2
+    repeated = list(BatchPlan(lengths, batch_size=4, batches=2, seed=7, segments=3))
+    assert [next(place.segment for place in batch) for batch in repeated] == [0, 1, 2, 0, 1, 2]
+    assert len({tuple(place.row for place in batch) for batch in repeated}) == 2
+
+
+def test_halted_rows_are_done_with_one_update_a_segment(settings: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    labelled: list[int] = []
+    forward = HRMGemmaForCausalLM.forward
+
+    def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = forward(self, *args, **kwargs)
+        if self.training:
+            labelled.append(int((kwargs["labels"] != IGNORED).any(1).sum()))
+            output.carry.halted.copy_(torch.tensor([True, False, False, False]))  # the first halts after each segment
+        return output
+
+    monkeypatch.setattr(HRMGemmaForCausalLM, "forward", watched)
+    run(settings("hrm.act=true", "hrm.max_segments=3", "train.update_every=segment"))
+    assert labelled == [4, 3, 3, 4, 3, 3]
+
+
+# ---------------------------------------------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize("update", ["batch", "segment"])
+def test_out_of_memory_halves_the_parts_and_changes_nothing_else(
+    settings: Load, update: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    arguments = settings("hrm.segments=2", f"train.update_every={update}")
+    expected = weights(run(arguments))
+    forward, passes = HRMGemmaForCausalLM.forward, [0]
+
+    def small(self: Any, *args: Any, **kwargs: Any) -> Any:
+        passes[0] += self.training
+        if self.training and len(kwargs["input_ids"]) > 1 and passes[0] > 3:  # in the middle of a batch
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(HRMGemmaForCausalLM, "forward", small)
+    folder = run(arguments)
+    assert_same(expected, weights(folder), tolerance=2e-4)
+    assert [line["micro_batch"] for line in steps(folder)] == [4, 4, 4, 1, 1, 1]
+    assert [r.getMessage() for r in caplog.records if "out of memory" in r.getMessage()] == [
+        "out of memory with 4 rows at a time; going on with 2, in the same batches of 4",
+        "out of memory with 2 rows at a time; going on with 1, in the same batches of 4",
+    ]
+
+
+def test_too_little_memory_for_one_row_is_said(settings: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(self: Any, *args: Any, **kwargs: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr("hrm.trainer.HRMTrainer._forward", never)
+    with pytest.raises(TrainingError, match=r"at step 1 with one row at a time .*Tried to allocate 2 GiB"):
+        run(settings())
+
+
+# ---------------------------------------------------------------------------------------------------- resume
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["hrm.segments=2", "lora.dropout=0.2"],
+        [*ACT, "train.pack=true"],
+        [*ACT, "hrm.q_target=replay", "hrm.replay_size=16"],
+        [*ACT, "train.update_every=segment", "train.micro_batch=2"],
+        ["hrm.segments=3", "train.segment_growth=plateau", "train.plateau_window=1", "train.plateau_tolerance=0.9"],
+        ["hrm.h_cycles=2", "train.depth=[[0.5,1,1]]"],
+    ],
+    ids=["dropout", "act-packed", "replay", "segment", "plateau", "depth"],
+)
+def test_a_resumed_run_goes_on_bit_for_bit(
+    settings: Load, tmp_path: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight = run(settings(*overrides))
+    with monkeypatch.context() as patched:
+        forward, calls = HRMGemmaForCausalLM.forward, [0]
+
+        def killed(self: Any, *args: Any, **kwargs: Any) -> Any:
+            calls[0] += self.training
+            if calls[0] == (8 if "train.micro_batch=2" in overrides else 5):
+                raise Killed
+            return forward(self, *args, **kwargs)
+
+        patched.setattr(HRMGemmaForCausalLM, "forward", killed)
+        with pytest.raises(Killed):
+            run(settings(*overrides, f"run.folder={tmp_path / 'cut'}"))
+    (cut,) = (tmp_path / "cut").iterdir()
+    assert len(checkpoints(cut)) > 0 and int(checkpoints(cut)[-1].name[-1]) < 6
+    torch.manual_seed(123)
+    random.seed(123)
+    assert resume(cut) == cut
+    assert steps(cut) == steps(straight)
+    assert_same(weights(straight), weights(cut))
+    assert_same(*(load_file(checkpoints(f)[-1] / "optimizer.safetensors") for f in (straight, cut)))
+
+
+def test_a_finished_run_is_not_trained_or_judged_again(settings: Load) -> None:
+    folder = run(settings())
+    before = (folder / "metrics.jsonl").read_text()
+    resume(folder)
+    assert [line for line in (folder / "metrics.jsonl").read_text().splitlines() if "summary" not in line] == [
+        line for line in before.splitlines() if "summary" not in line
+    ]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "progress.json", "rank-0.safetensors"])
+def test_a_damaged_checkpoint_is_refused_by_name(settings: Load, name: str) -> None:
+    folder = run(settings("train.steps=2"))
+    path = checkpoints(folder)[-1] / name
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+    with pytest.raises(UsageError, match=f"{name} cannot be read: it is not what was written"):
+        resume(folder)
+    path.write_bytes(bytes(data[:-3]))
+    with pytest.raises(UsageError, match=f"{name} cannot be read"):
+        resume(folder)
+    path.unlink()
+    with pytest.raises(UsageError, match=f"{name} is no file"):
+        resume(folder)
+
+
+def test_nothing_in_a_checkpoint_is_pickled(settings: Load) -> None:
+    (newest,) = checkpoints(run(settings("train.steps=1")))
+    kinds = {path.suffix for path in newest.iterdir()}
+    assert kinds == {".safetensors", ".json"}
+    assert len(checkpoints(run(settings("train.steps=5")))) == 2  # older ones are gone
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.update_every=epoch", "it should be batch or segment"),
+        ("train.segment_growth=fast", "it should be none or steps or plateau"),
+        ("train.depth=[[2,1,1]]", "train.depth"),
+        ("train.optimizer=sgd", "adamw or adamw_8bit"),
+        ("train.micro_batch=0", "at least 1, or null"),
+        ("data.bad_rows=keep", "error or skip"),
+        ("hrm.segment_weights=[0.5]", None),
+        ("hrm.segment_weights=[0]", "hrm.segment_weights"),
+    ],
+)
+def test_settings_that_make_no_sense(settings: Load, override: str, message: str | None) -> None:
+    if message is None:
+        run(settings(override, "train.steps=1"))
+        return
+    with pytest.raises(UsageError, match=message):
+        run(settings(override))
+
+
+@pytest.mark.parametrize("other", ["train.pack=true", "train.segment_growth=steps"])
+def test_what_does_not_go_with_one_update_a_segment(settings: Load, other: str) -> None:
+    with pytest.raises(UsageError, match=r'with train\.update_every="segment"'):
+        run(settings("train.update_every=segment", other))
+
+
+def test_rows_that_cannot_be_used_are_named_and_passed_over(
+    settings: Load, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    arguments = settings("data.bad_rows=skip", "train.steps=1", "data.max_length=30")
+    path = tmp_path / "rows.jsonl"
+    path.write_text(path.read_text() + '{"prompt": "x"}\nnonsense\n' + json.dumps({"prompt": "?" * 40, "answer": "y"}))
+    run(arguments)
+    lines = [record.getMessage() for record in caplog.records if "row passed over" in record.getMessage()]
+    assert [line.partition("rows.jsonl:")[2][:3] for line in lines] == ["43:", "44:", "45:"]
+    with pytest.raises(UsageError, match=r"rows\.jsonl:43: no 'answer'"):
+        run([*arguments, "data.bad_rows=error"])
+
+
+# ---------------------------------------------------------------------------------------------------- curricula
+
+
+def test_segments_grow_with_the_steps() -> None:
+    growth = SegmentGrowth(4, "steps", 80)
+    assert [growth.at(step) for step in (0, 9, 10, 20, 30, 39, 79)] == [1, 1, 2, 3, 4, 4, 4]
+    assert SegmentGrowth(4, "none", 80).at(0) == 4
+
+
+def test_segments_grow_when_the_loss_stands_still() -> None:
+    growth = SegmentGrowth(3, "plateau", 100, window=2, tolerance=0.1)
+    seen = []
+    for loss in [4, 4, 3, 3, 2.9, 2.9, 2.0, 2.0, 2.0, 2.0, 1.0, 1.0]:  # falls, stands, falls anew, stands
+        growth.saw(loss)
+        seen.append(growth.at(0))
+    assert seen == [1, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3]
+    other = SegmentGrowth(3, "plateau", 100, window=2, tolerance=0.1)
+    other.load_state(json.loads(json.dumps(growth.state())))
+    assert other.at(0) == 3
+
+
+def test_growth_and_depth_are_told(settings: Load) -> None:
+    lines = steps(run(settings("hrm.segments=2", "train.segment_growth=steps", "train.depth=[[0.5,1,1]]")))
+    assert [line["segment_limit"] for line in lines] == [1, 1, 2, 2, 2, 2]
+    assert [line["segments"] for line in lines] == [1, 1, 2, 2, 2, 2]
+    assert all(("segment_loss_2" in line) == (line["segments"] == 2) for line in lines)
+
+
+# ---------------------------------------------------------------------------------------------------- kill -9
+
+
+def test_kill_at_any_moment(settings: Load, tmp_path: Path) -> None:
+    arguments = settings("train.steps=60", "train.deterministic=true", *ACT)
+    straight = run(arguments)
+    command = [sys.executable, "-m", "hrm", "train"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    words = [*arguments, f"run.folder={tmp_path / 'killed'}"]
+    for wait in (0.3, 1.1):
+        process = subprocess.Popen([*command, *words], env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+        _wait_for_a_step(tmp_path / "killed", process)
+        time.sleep(wait)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        (folder,) = (tmp_path / "killed").iterdir()
+        words = [f"run.resume={folder}"]
+    resume(folder)
+    assert_same(weights(straight), weights(folder))
+    assert steps(straight) == steps(folder)
+
+
+def _wait_for_a_step(folder: Path, process: subprocess.Popen, seconds: float = 90) -> None:
+    seen = lambda: sum(path.read_text().count('"step"') for path in folder.glob("*/metrics.jsonl"))  # noqa: E731
+    start, end = seen(), time.monotonic() + seconds
+    while time.monotonic() < end and process.poll() is None:
+        if seen() > start:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"no step in {seconds} s; status {process.poll()}: {process.communicate()}")
