@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import signal
 import sys
+import time
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
@@ -40,12 +41,18 @@ def new_run_folder(settings: Any, name: str) -> Path:
 
 
 class StopOnInterrupt:
-    """While entered, the first Ctrl-C or SIGTERM only sets `asked`; the next one is Python's own again."""
+    """While entered, the first Ctrl-C or SIGTERM only sets `asked`; one that comes `PATIENCE` seconds later or more is
+    Python's own again.
+
+    Not the very next one: a shell, `timeout` or a job scheduler sends the same signal to the process and to its group.
+    """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    PATIENCE = 1.0
 
     def __init__(self) -> None:
         self.asked = False
+        self._first = 0.0
 
     def __enter__(self) -> StopOnInterrupt:
         self._before = {number: signal.signal(number, self._ask) for number in self.SIGNALS}
@@ -59,8 +66,11 @@ class StopOnInterrupt:
             signal.signal(number, before)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
-        self._restore()
+        if not self.asked:
+            self.asked, self._first = True, time.monotonic()
+        elif time.monotonic() - self._first >= self.PATIENCE:
+            self._restore()
+            signal.raise_signal(number)
 
 
 def progress_bar(console: Console) -> Progress:

@@ -46,8 +46,8 @@ def test_the_run_folder_is_complete(finished):
     assert run.name.startswith("quickstart-")
     assert {path.name for path in run.iterdir()} == {
         "accuracy.png", "answers-after.jsonl", "answers-before.jsonl", "answers-before-2-shots.jsonl",
-        "answers-commonest-answer.jsonl", "checkpoint",
-        "config.yaml", "loss.png", "metrics.jsonl",
+        "answers-commonest-answer.jsonl", "checkpoint", "checkpoints",
+        "config.yaml", "convergence.png", "gradient.png", "halting.png", "loss.png", "metrics.jsonl", "speed.png",
     }  # fmt: skip
     for plot in ("accuracy.png", "loss.png"):
         assert (run / plot).read_bytes().startswith(b"\x89PNG")

@@ -160,7 +160,7 @@ def test_a_full_disk_is_named_and_the_last_checkpoint_stays(
     def full(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr("hrm.puzzle.saving.save_file", full)
+    monkeypatch.setattr("hrm.saving.save_file", full)
     with pytest.raises(UsageError, match=r"step-00000003 cannot be written: .*No space left on device"):
         save_checkpoint(folder, 3, {"a": torch.zeros(3)}, {})
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000002"]
