@@ -1,6 +1,6 @@
 """A training's whole state in one folder: safetensors and JSON, complete or not there, and refused where damaged.
 
-    model.safetensors      what trains, and the core's buffers
+    model.safetensors      what trains, and the core's buffers; the rest is the backbone's own
     optimizer.safetensors  its tensors by parameter; numbers are in optimizer.json
     trainer_state.json     the Trainer's own: step, epoch, what was logged
     progress.json          schedule, curriculum, counters, how many processes wrote this
@@ -20,11 +20,6 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    set_model_state_dict,
-)
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import set_seed
 from transformers.trainer import TRAINER_STATE_NAME
@@ -36,7 +31,6 @@ if TYPE_CHECKING:
     from hrm.trainer import HRMTrainer
 
 MODEL, OPTIMIZER, NUMBERS, PROGRESS = "model.safetensors", "optimizer.safetensors", "optimizer.json", "progress.json"
-OPTIONS = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 
 
 def save_training(trainer: HRMTrainer, folder: Path) -> None:
@@ -45,8 +39,8 @@ def save_training(trainer: HRMTrainer, folder: Path) -> None:
     Raises:
         UsageError: it cannot be written, for want of space say; what was there before still is.
     """
-    model = trainer.model_wrapped
-    weights: dict[str, Any] = get_model_state_dict(model, options=OPTIONS)  # these two gather what is spread out
+    # gathered here from all processes, where each has a part
+    weights = {name: _whole(tensor) for name, tensor in _trained(trainer.model_wrapped).items()}
     tensors, numbers = _optimizer_state(trainer)
     if not trainer.is_world_process_zero():
         _write_rank(trainer, Path(_told(None)))
@@ -81,7 +75,7 @@ def load_weights(folder: Path, model: torch.nn.Module) -> None:
         UsageError: they are not this model's; the message names the first.
     """
     weights = read_tensors(folder / MODEL)
-    own: dict[str, Any] = get_model_state_dict(model, options=OPTIONS)
+    own = _trained(model)
     problems = [f"{name} is missing" for name in own if name not in weights]
     problems += [f"{name} is not in the model" for name in weights if name not in own]
     for name in own.keys() & weights.keys():
@@ -89,7 +83,9 @@ def load_weights(folder: Path, model: torch.nn.Module) -> None:
         problems += [f"{name} is {was} instead of {should}"] if was != should else []
     if problems:
         raise UsageError(f"{folder / MODEL} does not fit this run: {problems[0]}")
-    set_model_state_dict(model, dict(weights), options=StateDictOptions(full_state_dict=True, strict=False))
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(_cut_like(weights[name], tensor))
 
 
 def load_optimizer(trainer: HRMTrainer, folder: Path) -> None:
@@ -99,7 +95,7 @@ def load_optimizer(trainer: HRMTrainer, folder: Path) -> None:
     for key, tensor in read_tensors(folder / OPTIMIZER).items():
         name, _, part = key.rpartition("/")
         found.setdefault(name, {})[part] = tensor
-    names = _names(trainer)
+    names = {id(p): name for name, p in _trained(trainer.model_wrapped).items()}
     for group, rates in zip(optimizer.param_groups, numbers["rates"], strict=True):
         group |= rates
         for parameter in group["params"]:
@@ -138,14 +134,28 @@ def _optimizer(trainer: HRMTrainer) -> Any:
     return getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # below accelerate's wrapper
 
 
-def _names(trainer: HRMTrainer) -> dict[int, str]:
-    """Of the parameters that train, by identity; without what wrappers put in front."""
-    return {id(p): name.removeprefix("module.") for name, p in trainer.model_wrapped.named_parameters()}
+def _trained(model: torch.nn.Module) -> dict[str, Tensor]:
+    """What a training changes or draws: parameters with gradient and the core's buffers, by their names in the model
+    without what wrappers put in front."""
+    named = {name.removeprefix("module."): p for name, p in model.named_parameters() if p.requires_grad}
+    buffers = {name.removeprefix("module."): b for name, b in model.named_buffers()}
+    return named | {name: buffer for name, buffer in buffers.items() if name.startswith("hrm.")}
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _cut_like(value: Tensor, like: Tensor) -> Tensor:
+    """`value` where `like` is, and the same part of it."""
+    value = value.to(like.device)
+    return distribute_tensor(value, like.device_mesh, like.placements) if isinstance(like, DTensor) else value
 
 
 def _optimizer_state(trainer: HRMTrainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The optimizer's tensors, as "parameter/key", and its numbers; every process takes part."""
-    optimizer, names = _optimizer(trainer), _names(trainer)
+    optimizer = _optimizer(trainer)
+    names = {id(p): name for name, p in _trained(trainer.model_wrapped).items()}
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, dict[str, Any]] = {}
     for group in optimizer.param_groups:
@@ -153,7 +163,7 @@ def _optimizer_state(trainer: HRMTrainer) -> tuple[dict[str, Tensor], dict[str, 
             name = names[id(parameter)]
             for key, value in optimizer.state.get(parameter, {}).items():
                 if isinstance(value, Tensor):
-                    tensors[f"{name}/{key}"] = value.full_tensor() if isinstance(value, DTensor) else value
+                    tensors[f"{name}/{key}"] = _whole(value)
                 else:
                     numbers.setdefault(name, {})[key] = value
     rates = [{key: group[key] for key in ("lr", "initial_lr") if key in group} for group in optimizer.param_groups]
@@ -164,10 +174,10 @@ def _like(value: Any, parameter: Tensor, group: dict[str, Any]) -> Any:
     """A state's value where its parameter is, and cut as it is."""
     if not isinstance(value, Tensor):
         return value
-    if isinstance(parameter, DTensor) and value.shape == parameter.shape:
-        return distribute_tensor(value, parameter.device_mesh, parameter.placements)
+    if value.shape == parameter.shape:
+        return _cut_like(value, parameter)
     counter = value.dim() == 0 and not (group.get("fused") or group.get("capturable"))  # torch keeps it on the CPU
-    return value.clone() if counter else value.to(parameter.device, copy=True)
+    return value if counter else value.to(parameter.device)
 
 
 def _schedule(trainer: HRMTrainer) -> dict[str, Any]:

@@ -1,0 +1,91 @@
+"""Started by torchrun in test_distributed.py: one step of a model that FSDP2 has cut up, and its checkpoint."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from safetensors.torch import load_file, save_file
+from small_models import ACT, CORE, backbone_config, seem_trained
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+
+from hrm import HRMGemmaForCausalLM
+from hrm.loss import IGNORED
+from hrm.replay import ReplayBuffer
+from hrm.training_state import load_optimizer, load_weights, save_training
+
+
+def make_model() -> HRMGemmaForCausalLM:
+    torch.manual_seed(0)
+    backbone = AutoModelForCausalLM.from_config(backbone_config("gemma3_text"))
+    model = HRMGemmaForCausalLM.from_backbone(backbone, hrm={**CORE, **ACT})
+    seem_trained(model)
+    return model.train()
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.randint(1, 256, (4, 12), generator=torch.Generator().manual_seed(1))
+    return ids, ids.masked_fill(torch.arange(12) < torch.tensor([[2], [4], [6], [8]]), IGNORED)
+
+
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def trainer_of(model: Any, optimizer: Any, rank: int, world: int) -> Any:
+    """What `hrm.training_state` needs of a trainer."""
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    return SimpleNamespace(
+        model_wrapped=model, core_model=SimpleNamespace(replay=ReplayBuffer(4)), optimizer=optimizer,
+        lr_scheduler=schedule, is_world_process_zero=lambda: rank == 0, progress=dict, load_progress=lambda _: None,
+        create_scheduler=lambda steps: schedule,
+        accelerator=SimpleNamespace(wait_for_everyone=dist.barrier),
+        args=SimpleNamespace(process_index=rank, world_size=world, device=torch.device("cpu"), max_steps=1, seed=0),
+        state=SimpleNamespace(save_to_json=lambda path: Path(path).write_text("{}")),
+    )  # fmt: skip
+
+
+def main(folder: Path) -> None:
+    processes = PartialState(cpu=True)
+    rank, world = processes.process_index, processes.num_processes
+    model = make_model()
+    for layer in model.get_decoder().layers:
+        fully_shard(layer)
+    fully_shard(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    ids, labels = batch()
+    items = int((labels[:, 1:] != IGNORED).sum())
+    out = model(ids[rank::world], labels=labels[rank::world], num_items_in_batch=items)
+    (out.loss * world).backward()
+    gradients = {name: full(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    optimizer.step()
+    trainer = trainer_of(model, optimizer, rank, world)
+    save_training(trainer, folder / "step-00000001")
+    before = {name: full(p.detach()).clone() for name, p in model.named_parameters()}
+    moments = [full(state[key]) for state in optimizer.state.values() for key in sorted(state)]
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    optimizer.state.clear()
+    load_weights(folder / "step-00000001", model)
+    load_optimizer(trainer, folder / "step-00000001")
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            assert torch.equal(full(p.detach()), before[name]), name
+    again = [full(state[key]) for state in optimizer.state.values() for key in sorted(state)]
+    assert len(again) == len(moments) and all(map(torch.equal, again, moments))
+    if rank == 0:
+        save_file(gradients, folder / "gradients.safetensors")
+        assert load_file(folder / "step-00000001" / "model.safetensors")["hrm.w_l"].shape == (32, 192)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
