@@ -18,6 +18,8 @@ from transformers import PreTrainedTokenizerBase
 
 from hrm.modeling import IGNORED
 from hrm.settings import UsageError, nearest
+from hrm.tasks import TASKS
+from hrm.tasks import problems as problems_of
 
 logger = logging.getLogger("hrm")
 
@@ -28,7 +30,7 @@ class Example(NamedTuple):
     prompt: str
     answer: str
     source: str  # where it stands, for messages: "file.jsonl:3"
-    entry: Mapping[str, Any] = {}  # what reasoning-gym's scorer wants to see
+    entry: Mapping[str, Any] = {}  # what reasoning-gym's scorer wants to see; {"depth": n} in `hrm.tasks`
 
 
 Score = Callable[[str, Example], float]
@@ -82,6 +84,8 @@ def load_problems(data: Any, seed: int, bad_row: BadRow = refuse) -> Problems:
     if len(given) != 1:
         was = " and ".join(f"data.{name}" for name in given) or "none"
         raise UsageError(f"{was} given; it should be one of data.path, data.dataset and data.task")
+    if data.task in TASKS:
+        return _of_known_depth(data, seed)
     if data.task is not None:
         return _from_task(data, seed)
     if data.dataset is not None:
@@ -143,14 +147,41 @@ def hold_out(examples: Sequence[Example], count: int, seed: int) -> Problems:
     return Problems(_without(examples, held_out, examples[0].source.rpartition(":")[0]), held_out)
 
 
+def _of_known_depth(data: Any, seed: int) -> Problems:
+    """Problems of `hrm.tasks`; `data.held_out_options` replace options for the held-out ones."""
+
+    def made(options: dict[str, Any], seed: int) -> Iterator[Example]:
+        for number, (prompt, answer, depth) in enumerate(problems_of(data.task, options, seed)):
+            yield Example(prompt, answer, f"{data.task}:{number}", {"depth": depth})
+
+    options = dict(data.task_options)
+    held_out = _enough(made({**options, **data.held_out_options}, seed + 1), data.held_out, data.task)
+    prompts = {example.prompt for example in held_out}
+    train = (example for example in made(options, seed) if example.prompt not in prompts)
+    return Problems(_enough(train, data.size, data.task), held_out)
+
+
+def _enough(examples: Iterator[Example], count: int, task: str) -> list[Example]:
+    """The first `count` different ones."""
+    found = list(islice(_distinct(islice(examples, 20 * count + 1000)), count))
+    if len(found) < count:
+        raise UsageError(
+            f"{task} gave {len(found)} different problems; it should give {count}. Widen data.task_options."
+        )
+    return found
+
+
 def _from_task(data: Any, seed: int) -> Problems:
+    if data.held_out_options:
+        raise UsageError(f"data.held_out_options is given; it should be empty but for data.task={' or '.join(TASKS)}")
     try:
         import reasoning_gym
         from reasoning_gym.factory import DATASETS
     except ImportError as error:
         raise UsageError('data.task needs the package reasoning-gym; pip install "hrm-kernels[demo]"') from error
     if data.task not in DATASETS:
-        raise UsageError(f"data.task is {data.task!r}, no task of reasoning-gym{nearest(data.task, list(DATASETS))}")
+        known = [*TASKS, *DATASETS]
+        raise UsageError(f"data.task is {data.task!r}, no task of reasoning-gym or ours{nearest(data.task, known)}")
     total = data.size + data.held_out
     try:
         gym = reasoning_gym.create_dataset(data.task, seed=seed, size=2 * total, **dict(data.task_options))

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
-from hrm.data import Example, Problems, Template
+from hrm.data import Batch, Encoded, Example, Problems, Template, collate
+from hrm.loss import IGNORED
 from hrm.modeling import HRMGemmaForCausalLM
 from hrm.runs import read_lines
 
@@ -35,6 +36,14 @@ class Evaluation:
     def accuracy(self) -> float:
         """Share of problems with full score."""
         return self.right / len(self.scores)
+
+    def by_depth(self) -> dict[int, float]:
+        """Share of full scores by the problems' depth, where they have one (`hrm.tasks`)."""
+        scores: dict[int, list[bool]] = {}
+        for example, score in zip(self.examples, self.scores, strict=True):
+            if "depth" in example.entry:
+                scores.setdefault(example.entry["depth"], []).append(score == 1)
+        return {depth: sum(right) / len(right) for depth, right in sorted(scores.items())}
 
     @classmethod
     def read(cls, path: Path, examples: Sequence[Example]) -> Evaluation | None:
@@ -74,6 +83,39 @@ class Depth:
     def mean(self) -> float:
         """Segments a token."""
         return self._segments / max(1, self._tokens)
+
+
+@torch.no_grad()
+def predict(
+    model: HRMGemmaForCausalLM,
+    rows: Sequence[Encoded],
+    pad: int,
+    *,
+    batch_size: int,
+    segments: int | None = None,
+) -> list[bool]:
+    """Whether greedy decoding would give each row's answer, from one forward pass over prompt and answer.
+
+    The same as decoding it, since no token sees a later one: up to its first mistake decoding sees what stands here.
+
+    Args:
+        rows: with their answers, which end with the end-of-text token.
+        segments: run exactly so many; None: as the model's config says.
+    """
+    order = sorted(range(len(rows)), key=lambda row: len(rows[row].prompt) + len(rows[row].answer))
+    right, was_training = [False] * len(rows), model.training
+    model.eval()
+    for start in range(0, len(rows), batch_size):
+        part = order[start : start + batch_size]
+        batch = Batch(*(tensor.to(model.device) for tensor in collate([rows[row] for row in part], pad)))
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
+            logits = model(batch.input_ids, batch.attention_mask, segments=segments).logits
+        targets = batch.labels[:, 1:]
+        same = (logits[:, :-1].argmax(-1) == targets) | (targets == IGNORED)
+        for row, correct in zip(part, same.all(1).tolist(), strict=True):
+            right[row] = correct
+    model.train(was_training)
+    return right
 
 
 def evaluate(

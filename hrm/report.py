@@ -32,8 +32,11 @@ def print_start(
 
 
 def print_evaluation(console: Console, name: str, evaluation: Evaluation) -> None:
-    """How many of the held-out problems are right."""
+    """How many of the held-out problems are right, also by their depth where it is known."""
     console.print(f"{name:>16}: {evaluation.right} of {len(evaluation.scores)} right ({evaluation.accuracy:.0%})")
+    if depths := evaluation.by_depth():
+        shares = "  ".join(f"{depth}: {share:.0%}" for depth, share in depths.items())
+        console.print(f"{'by depth':>16}  {shares}", highlight=False)
 
 
 def print_outcome(console: Console, evaluations: Mapping[str, Evaluation], folder: Path) -> None:

@@ -87,9 +87,11 @@ class DataSection:
     answer_column: str = "answer"
     """Key of the answer in a row."""
     task: str | None = None
-    """Name of a reasoning-gym task, whose problems are generated."""
+    """Task whose problems are generated: object_swaps, pointer_chase, or a name of reasoning-gym's."""
     task_options: dict[str, Any] = field(default_factory=dict)
     """Options of the task: data.task_options.max_terms=3."""
+    held_out_options: dict[str, Any] = field(default_factory=dict)
+    """Options that replace these for the held-out problems of object_swaps and pointer_chase: max_depth=20."""
     size: int = 1000
     """Problems to generate for a task, the held-out ones aside."""
     held_out: int = 64

@@ -1,0 +1,74 @@
+"""Problems whose depth is known: how many steps, each on the result of the last, lead to an answer of one word.
+
+No steps are written out, so a model has to take them inside.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from hrm.settings import UsageError, nearest
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+Make = Callable[[random.Random, int, int], tuple[str, str]]  # generator, objects, depth -> prompt, answer
+
+
+def object_swaps(draw: random.Random, objects: int, depth: int) -> tuple[str, str]:
+    """Which object is at a place after `depth` swaps of two places."""
+    row = list(LETTERS[:objects])
+    draw.shuffle(row)
+    prompt = " ".join(row) + "."
+    for _ in range(depth):
+        one, other = draw.sample(range(objects), 2)
+        row[one], row[other] = row[other], row[one]
+        prompt += f" {one + 1} {other + 1},"
+    place = draw.randrange(objects)
+    return f"{prompt} at {place + 1}?", row[place]
+
+
+def pointer_chase(draw: random.Random, objects: int, depth: int) -> tuple[str, str]:
+    """Where `depth` steps along the arrows lead: each object points to one, and one points to each."""
+    order = list(LETTERS[:objects])
+    draw.shuffle(order)
+    follows = dict(zip(LETTERS[:objects], order, strict=True))
+    pairs = list(follows.items())
+    draw.shuffle(pairs)
+    place = start = draw.choice(LETTERS[:objects])
+    for _ in range(depth):
+        place = follows[place]
+    return " ".join(f"{a} {b}," for a, b in pairs) + f" {depth} from {start}?", place
+
+
+TASKS: dict[str, Make] = {"object_swaps": object_swaps, "pointer_chase": pointer_chase}
+OPTIONS = {"objects": 5, "min_depth": 1, "max_depth": 10}
+
+
+def problems(task: str, options: Mapping[str, Any], seed: int) -> Iterator[tuple[str, str, int]]:
+    """Prompt, answer and depth of problems of `TASKS[task]`, without end; a function of task, options and seed.
+
+    Depths are drawn evenly.
+
+    Args:
+        options: objects (2 to 26), min_depth and max_depth (from 0); what is missing is as in `OPTIONS`.
+
+    Raises:
+        UsageError: an option that there is not, or a value that makes no sense.
+    """
+    unknown = [key for key in options if key not in OPTIONS]
+    if unknown:
+        raise UsageError(f"data.task_options has no {unknown[0]!r}{nearest(unknown[0], OPTIONS)}")
+    chosen = {**OPTIONS, **options}
+    objects, least, most = (chosen[key] for key in OPTIONS)
+    for key, value in chosen.items():
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise UsageError(f"data.task_options.{key} is {value!r}; it should be a whole number")
+    if not 2 <= objects <= len(LETTERS):
+        raise UsageError(f"data.task_options.objects is {objects}; it should be from 2 to {len(LETTERS)}")
+    if not 0 <= least <= most:
+        raise UsageError(f"data.task_options.min_depth is {least}; it should be from 0 to max_depth = {most}")
+    draw = random.Random(f"{task}-{seed}")
+    while True:
+        depth = draw.randint(least, most)
+        yield (*TASKS[task](draw, objects, depth), depth)

@@ -1,0 +1,94 @@
+"""Problems of known depth, and answers judged without decoding."""
+
+import itertools
+import re
+
+import pytest
+import torch
+from tiny_backbone import TINY_CORE, byte_tokenizer, save_tiny_backbone
+
+from hrm import HRMGemmaForCausalLM
+from hrm.data import Encoded, Template, encode, load_problems
+from hrm.evaluate import predict
+from hrm.settings import TrainingSettings, UsageError, load_settings
+from hrm.tasks import problems
+
+
+def swapped(prompt):
+    row, rest = re.fullmatch(r"([A-Z ]+)\.((?: \d+ \d+,)*) at (\d+)\?", prompt).group(1, 2), prompt
+    objects = row[0].split()
+    for one, other in re.findall(r" (\d+) (\d+),", rest):
+        one, other = int(one) - 1, int(other) - 1
+        assert one != other
+        objects[one], objects[other] = objects[other], objects[one]
+    return objects[int(rest.rpartition("at ")[2][:-1]) - 1], len(re.findall(",", rest))
+
+
+def chased(prompt):
+    follows = dict(re.findall(r"([A-Z]) ([A-Z]),", prompt))
+    assert sorted(follows) == sorted(follows.values())
+    depth, place = re.search(r"(\d+) from ([A-Z])\?", prompt).groups()
+    for _ in range(int(depth)):
+        place = follows[place]
+    return place, int(depth)
+
+
+@pytest.mark.parametrize(("task", "solve"), [("object_swaps", swapped), ("pointer_chase", chased)])
+def test_answers_and_depths_are_right(task, solve):
+    options = {"objects": 7, "min_depth": 0, "max_depth": 6}
+    found = list(itertools.islice(problems(task, options, 3), 400))
+    assert all(solve(prompt) == (answer, depth) for prompt, answer, depth in found)
+    assert {depth for _, _, depth in found} == set(range(7))
+    assert found == list(itertools.islice(problems(task, options, 3), 400))
+    assert found != list(itertools.islice(problems(task, options, 4), 400))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"depth": 3}, "the nearest is"),
+        ({"objects": 1}, "from 2 to 26"),
+        ({"min_depth": 5, "max_depth": 4}, "from 0 to max_depth = 4"),
+        ({"max_depth": "far"}, "a whole number"),
+    ],
+)
+def test_options_that_make_no_sense(options, message):
+    with pytest.raises(UsageError, match=message):
+        next(problems("object_swaps", options, 0))
+
+
+def settings(*overrides):
+    return load_settings(TrainingSettings, ["data.task=object_swaps", "data.size=50", "data.held_out=20", *overrides])
+
+
+def test_held_out_problems_may_be_deeper_and_are_never_trained_on():
+    found = load_problems(settings("data.held_out_options.min_depth=11", "data.held_out_options.max_depth=14").data, 0)
+    assert len(found.train) == 50 and len(found.held_out) == 20
+    assert {example.entry["depth"] for example in found.train} <= set(range(1, 11))
+    assert {example.entry["depth"] for example in found.held_out} <= set(range(11, 15))
+    assert not {example.prompt for example in found.train} & {example.prompt for example in found.held_out}
+    with pytest.raises(UsageError, match=r"gave 8 different problems; it should give 20"):
+        load_problems(settings("data.task_options.objects=2", "data.task_options.max_depth=1").data, 0)
+
+
+def test_options_of_the_held_out_problems_are_for_our_tasks_alone():
+    words = ["data.task=chain_sum", "data.held_out_options.max_terms=3"]
+    with pytest.raises(UsageError, match=r"should be empty but for data.task=object_swaps or pointer_chase"):
+        load_problems(load_settings(TrainingSettings, words).data, 0)
+
+
+def test_judging_without_decoding_is_decoding(tmp_path):
+    model = HRMGemmaForCausalLM.from_backbone(
+        save_tiny_backbone(tmp_path), hrm={k.split(".")[1].split("=")[0]: int(k.split("=")[1]) for k in TINY_CORE}
+    ).eval()
+    tokenizer, template = byte_tokenizer(), Template("{prompt}{answer}")
+    examples = load_problems(settings().data, 0).held_out
+    asked = encode(examples, template, tokenizer, 512)
+    rows = []
+    for row in asked:
+        ids = torch.tensor([row.prompt])
+        said = model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0)[0, len(row.prompt) :]
+        rows.append(Encoded(row.prompt, said.tolist()))
+    wrong = [Encoded(row.prompt, [(row.answer[0] + 1) % 256 + 2, *row.answer[1:]]) for row in rows]
+    assert rows and all(predict(model, rows, 0, batch_size=7))
+    assert not any(predict(model, wrong, 0, batch_size=7))
