@@ -1,0 +1,330 @@
+"""Predicted memory against what real tensors and autograd take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_models import CORE, backbone_config
+from torch import nn
+from transformers import AutoModelForCausalLM, Gemma3nTextConfig, PreTrainedConfig
+
+from hrm import HRMConfig, HRMCore, HRMGemmaForCausalLM
+from hrm.profile import (
+    NF4_SKIPPED,
+    SAVINGS,
+    MemoryPlan,
+    ProfileSettings,
+    SavedBytes,
+    Step,
+    check_fits,
+    core_activations,
+    measure_memory,
+    nf4_bytes,
+    plan_training,
+    predict_memory,
+    profile,
+)
+from hrm.settings import UsageError, load_settings
+from hrm.trainer import make_optimizer
+
+Make = Callable[..., HRMGemmaForCausalLM]
+EXACT = Step(dtype=torch.float32, fused=False)
+
+
+def plan_for(kind: str = "gemma3n_text", step: Step = EXACT, **hrm: Any) -> MemoryPlan:
+    return predict_memory(backbone_config(kind), HRMConfig(**{**CORE, **hrm}), True, step)
+
+
+def own_tensors(model: HRMGemmaForCausalLM) -> dict[str, torch.Tensor]:
+    named = (*model.backbone.named_parameters(), *model.backbone.named_buffers())
+    return {name: tensor for name, tensor in named if ".lora_" not in name}
+
+
+# ---------------------------------------------------------------------------------------------------- what stays
+
+
+@pytest.mark.parametrize("act", [False, True])
+@pytest.mark.parametrize("lora", [True, False, {"low_rank": 4, "high_rank": 8}])
+def test_tensors_are_counted_exactly(make_model: Make, kind: str, lora: Any, act: bool) -> None:
+    model = make_model(kind, trained=False, lora=lora, act=act)
+    parts = predict_memory(backbone_config(kind), HRMConfig(**CORE, act=act), lora, EXACT).parts
+    own, groups = own_tensors(model), model.trainable_parameters()
+    per_layer = sum(t.nbytes for name, t in own.items() if name.endswith("embed_tokens_per_layer.weight"))
+    assert parts["per_layer"] == per_layer and (per_layer > 0) == (kind == "gemma3n_text")
+    assert parts["weights"] == sum(t.nbytes for t in own.values()) - per_layer
+    assert parts["core"] == sum(t.nbytes for t in (*model.hrm.parameters(), *model.hrm.buffers()))
+    assert parts["adapters"] == sum(p.nbytes for part in ("lora_low", "lora_high") for p in groups[part])
+    assert parts["gradients"] == sum(p.nbytes for group in groups.values() for p in group)
+
+
+def optimizer_bytes(model: HRMGemmaForCausalLM, kind: str) -> int:
+    """Bytes of the states that a step leaves; what all tensors share, and step counts, aside."""
+    settings = load_settings(ProfileSettings, [f"train.optimizer={kind}"]).train
+    optimizer = make_optimizer(model, settings)
+    for group in model.trainable_parameters().values():
+        for parameter in group:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    return sum(
+        value.nbytes
+        for state in optimizer.state.values()
+        for name, value in state.items()
+        if isinstance(value, torch.Tensor) and name != "step" and "qmap" not in name
+    )
+
+
+def test_the_optimizers_states_are_counted_exactly(make_model: Make) -> None:
+    model = make_model("gemma3_text", trained=False)
+    assert plan_for("gemma3_text").parts["optimizer"] == optimizer_bytes(model, "adamw")
+
+
+def test_eight_bit_states_are_counted_exactly(make_model: Make) -> None:
+    pytest.importorskip("bitsandbytes", reason="8-bit optimizers need bitsandbytes")
+    model = make_model("gemma3_text", trained=False, d_l=64, d_h=128)
+    plan = plan_for("gemma3_text", Step(optimizer="adamw_8bit"), d_l=64, d_h=128)
+    assert plan.parts["optimizer"] == optimizer_bytes(model, "adamw_8bit")
+
+
+def test_paged_states_are_the_hosts() -> None:
+    plan = predict_memory(backbone_config("qwen3"), HRMConfig(d_l=512, d_h=512), True, Step(optimizer="adamw_8bit"))
+    paged = plan.changed(optimizer="paged_adamw_8bit")
+    assert 0 < paged.parts["optimizer"] < plan.parts["optimizer"]
+    assert paged.parts["optimizer"] + paged.host["optimizer"] == plan.parts["optimizer"]
+
+
+def test_four_bit_weights_are_counted_exactly(kind: str) -> None:
+    """On the modules that transformers itself replaces."""
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="nf4 needs bitsandbytes")
+    from transformers import BitsAndBytesConfig
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+
+    model = AutoModelForCausalLM.from_config(backbone_config(kind), dtype=torch.bfloat16)
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=NF4_SKIPPED)
+    weights = {name: m.weight for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    replaced = replace_with_bnb_linear(
+        model, modules_to_not_convert=config.llm_int8_skip_modules, quantization_config=config
+    )
+    total = sum(p.nbytes for p in model.parameters() if p.device.type != "meta")
+    total += sum(4 * buffer.numel() for buffer in model.buffers())  # some scalars are bfloat16: two bytes each
+    for name, module in replaced.named_modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            packed, state = bitsandbytes.functional.quantize_4bit(weights[name].data, quant_type="nf4")
+            total += packed.nbytes + state.absmax.nbytes + state.code.nbytes
+    plan = plan_for(kind, Step(four_bit=True))
+    assert plan.parts["weights"] + plan.parts["per_layer"] == total
+    assert plan.parts["weights"] < plan.changed(four_bit=False).parts["weights"]
+
+
+def test_nf4_takes_half_a_byte_and_a_scale_a_block() -> None:
+    assert nf4_bytes(64 * 10) == 320 + 40 + 64
+    assert nf4_bytes(65) == 33 + 8 + 64
+
+
+# ---------------------------------------------------------------------------------------------------- activations
+
+
+def counted(tokens: int = 64, **hrm: Any) -> tuple[int, HRMConfig]:
+    config = HRMConfig(hidden_size=64, **{**CORE, "h_cycles": 3, "l_steps": 3, "fused": False, **hrm})
+    core = HRMCore(config).train()
+    hidden = torch.randn(1, tokens, 64, requires_grad=True)
+    with SavedBytes((*core.parameters(), *core.buffers(), hidden)) as saved:
+        output = core(hidden)
+    assert len(output.segments) == config.segments
+    return saved.bytes + hidden.nbytes, config  # the hidden states are the backbone's only in float32
+
+
+REACHES = [(1, 1), (1, 2), (1, 3), (2, 3)]  # grad_cycles and grad_l_steps, of 3 and 3
+
+
+@pytest.mark.parametrize("mixer", ["attention", "none"])
+@pytest.mark.parametrize("segments", [1, 2])
+@pytest.mark.parametrize("reach", REACHES)
+def test_the_cores_activations_are_as_counted(reach: tuple[int, int], segments: int, mixer: str) -> None:
+    saved, config = counted(grad_cycles=reach[0], grad_l_steps=reach[1], segments=segments, h_mixer=mixer)
+    assert core_activations(config, 64, segments, 4, fused=False) == pytest.approx(saved, rel=0.02)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter runs on machines without CUDA")
+@pytest.mark.parametrize("reach", REACHES)
+def test_the_kernels_activations_are_as_counted(reach: tuple[int, int]) -> None:
+    saved, config = counted(16, grad_cycles=reach[0], grad_l_steps=reach[1], fused=True)
+    assert core_activations(config, 16, 1, 4, fused=True) == pytest.approx(saved, rel=0.02)
+
+
+@pytest.mark.parametrize("reset", ["carry", "init"])
+def test_activations_do_not_grow_with_depth(reset: str) -> None:
+    settings = {"grad_cycles": 2, "grad_l_steps": 2, "segments": 2, "l_reset": reset}
+    shallow, _ = counted(**settings)
+    deep, config = counted(**settings, h_cycles=9, l_steps=12)
+    assert deep == shallow
+    assert core_activations(config, 64, 2, 4, fused=False) == pytest.approx(deep, rel=0.02)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_activations_of_the_whole_model_are_as_counted(
+    make_model: Make, kind: str, rows: int, checkpointing: bool
+) -> None:
+    step = Step(48, rows, dtype=torch.float32, gradient_checkpointing=checkpointing, fused=False)
+    model = make_model(kind, trained=False).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    found, parts = measure_memory(model, step), plan_for(kind, step).parts
+    assert parts["backbone_activations"] == pytest.approx(found["backbone_activations"], rel=0.05)
+    assert parts["core_activations"] == pytest.approx(found["core_activations"], rel=0.02)
+    assert found["loss"] < parts["loss"]  # which is a peak: logits are there before they are thrown away
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_what_autocast_copies_is_counted(make_model: Make, kind: str) -> None:
+    step = Step(48, fused=False)
+    model = make_model(kind, trained=False).train()
+    for parameter in model.backbone.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
+    found, parts = measure_memory(model, step), plan_for(kind, step).parts
+    adapters = parts["adapters"] // 2
+    assert parts["backbone_activations"] + adapters == pytest.approx(found["backbone_activations"], rel=0.15)
+
+
+def test_checkpointing_saves_the_backbones_activations(kind: str) -> None:
+    plan = plan_for(kind, Step(64))
+    checkpointed = plan.changed(gradient_checkpointing=True)
+    assert checkpointed.parts["backbone_activations"] < 0.4 * plan.parts["backbone_activations"]
+    assert checkpointed.parts["layer"] > plan.parts["layer"]  # one layer is computed again
+
+
+# ---------------------------------------------------------------------------------------------------- what would save
+
+BIG = Gemma3nTextConfig(  # E4B's widths with few layers and words
+    num_hidden_layers=6, num_kv_shared_layers=2, vocab_size=2048, vocab_size_per_layer_input=1_000_000,
+    layer_types=["sliding_attention", "full_attention"] * 3, intermediate_size=[16384] * 6,
+    activation_sparsity_pattern=[0.95, 0.95, 0.0, 0.0, 0.0, 0.0],
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def big() -> MemoryPlan:
+    return predict_memory(BIG, HRMConfig(), True, Step(1024, 4))
+
+
+def test_each_saving_saves(big: MemoryPlan) -> None:
+    for saving in SAVINGS:
+        assert saving.applied(big).peak < big.peak, saving.setting
+    everything = big
+    for saving in SAVINGS:
+        everything = saving.applied(everything)
+    assert everything.host["per_layer"] == big.parts["per_layer"] > 0
+
+
+def test_what_fits_has_no_warning(big: MemoryPlan) -> None:
+    assert check_fits(big, big.peak) is None
+
+
+def test_advice_names_the_cheapest_savings_that_suffice(big: MemoryPlan) -> None:
+    def advice(available: int) -> str:
+        text = check_fits(big, available)
+        assert text is not None and f"{(big.peak - available) / 1e9:.2f} GB more" in text
+        return text.partition(", with: ")[2]
+
+    eight = SAVINGS[0].applied(big).peak
+    assert advice(eight) == "train.optimizer=adamw_8bit"
+    # 8-bit states alone are too little, and not needed beside the next one
+    assert advice(SAVINGS[1].applied(big).peak) == "per-layer embeddings on the CPU"
+    both = SAVINGS[1].applied(SAVINGS[0].applied(big)).peak
+    assert advice(both) == "train.optimizer=adamw_8bit, per-layer embeddings on the CPU"
+    assert advice(both - 1).startswith("train.micro_batch=2")
+    text = check_fits(big, 10**9)
+    assert text is not None and "even with" in text and "a 4-bit backbone" in text
+    assert "adamw_8bit" in text and text.count("train.optimizer") == 1  # the paged ones instead of the others
+
+
+def test_micro_batches_are_halved_as_often_as_needed(big: MemoryPlan) -> None:
+    least = big.changed(optimizer="adamw_8bit", per_layer_on_cpu=True, micro_batch=1).peak
+    text = check_fits(big, least)
+    assert text is not None and "train.micro_batch=1" in text
+
+
+# ---------------------------------------------------------------------------------------------------- hrm profile
+
+
+def shown(*overrides: str) -> None:
+    profile(load_settings(ProfileSettings, ["hrm.d_l=64", "hrm.d_h=64", "train.batch_size=2", *overrides]))
+
+
+def test_a_folder_with_a_config_alone_is_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    backbone_config("gemma3n_text").save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    shown(f"hrm.backbone={tmp_path}", "data.max_length=64", "gpu_gb=0.001")
+    text = capsys.readouterr().out
+    assert "2 x 64 tokens" in text and "per-layer embeddings" in text and "train.optimizer=adamw_8bit" in text
+    assert "GB more than the 0.00 GB there are" in text
+    assert "measured" not in text
+    shown(f"hrm.backbone={tmp_path}", "gpu_gb=1")
+    assert "It fits into 1.00 GB." in capsys.readouterr().out
+
+
+def test_settings_decide_what_is_planned() -> None:
+    def planned(*overrides: str, **fields: Any) -> Step:
+        settings = load_settings(ProfileSettings, ["hrm.d_l=64", "hrm.d_h=64", *overrides])
+        return plan_training(settings, backbone_config("qwen3"), **fields).step
+
+    assert planned() == Step(512, 8)
+    assert planned("train.micro_batch=3", processes=2, tokens=32) == Step(32, 3)
+    assert planned("train.micro_batch=8", processes=4).micro_batch == 2
+    assert planned("train.update_every=segment", "hrm.segments=4").segments == 1
+    assert planned("train.optimizer=adamw_8bit", "hrm.fused=false").fused is False
+    assert planned(four_bit=True).four_bit
+
+
+def test_what_cannot_be_planned_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HRM_MODEL_PATH", raising=False)
+    with pytest.raises(UsageError, match="no backbone"):
+        shown()
+    with pytest.raises(UsageError, match="has no config that can be read"):
+        shown(f"hrm.backbone={tmp_path}")
+    (tmp_path / "config.json").write_text('{"model_type": "of_the_future", "layers": 3}')
+    with pytest.raises(UsageError, match=r"hrm.backbone is .*of_the_future"):
+        shown(f"hrm.backbone={tmp_path}")
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3", "hidden_size": "wide"}')
+    with pytest.raises(UsageError, match=r"hrm.backbone is .*has no config that can be read: .*hidden_size"):
+        shown(f"hrm.backbone={tmp_path}")
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    with pytest.raises(UsageError, match=r"hrm.backbone is .*'vit', of which no causal language model can be made"):
+        shown(f"hrm.backbone={tmp_path}")
+    with pytest.raises(UsageError, match=r"train.micro_batch is 0; it should be at least 1, or null"):
+        shown(f"hrm.backbone={tmp_path}", "train.micro_batch=0")
+    with pytest.raises(UsageError, match=r"gpu_gb is -1\.0; it should be above 0"):
+        shown(f"hrm.backbone={tmp_path}", "gpu_gb=-1")
+
+
+def test_a_config_without_a_models_fields_is_named() -> None:
+    class Odd(PreTrainedConfig):
+        model_type = "odd"
+        hidden_size = 64
+
+    with pytest.raises(ValueError, match="'odd', of which no causal language model can be made"):
+        predict_memory(Odd(), HRMConfig(**CORE))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("tokens", 0), ("micro_batch", True), ("segments", -1), ("dtype", torch.int8), ("optimizer", "x")],
+)
+def test_a_wrong_field_of_a_step_is_named(field: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"Step: {field} is .*; it should be"):
+        Step(**{field: value})
+
+
+@pytest.mark.gpu
+def test_a_real_step_is_measured(make_model: Make) -> None:
+    model = make_model("gemma3n_text", trained=False, d_l=1024, d_h=1024, fused="auto").cuda().train()
+    settings = load_settings(ProfileSettings, []).train
+    before = torch.cuda.memory_allocated()
+    found = measure_memory(model, Step(64, 8), lambda: make_optimizer(model, settings))
+    assert before < found["forward"] and set(found) == {"forward", "backward", "step"}
+    assert all(parameter.grad is None for parameter in model.parameters())
