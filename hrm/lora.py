@@ -11,6 +11,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from hrm.config import from_mapping, is_number
+from hrm.loading import four_bit_layers
 
 # Names that decoders in transformers give their projections; two parts where one alone would be ambiguous.
 ATTENTION = (
@@ -90,7 +91,17 @@ def add_adapters(decoder: nn.Module, config: AdapterConfig) -> None:
 
 
 def merge_adapters(decoder: nn.Module) -> None:
-    """Adds both adapters to the weights they adapt and takes their layers out, in place."""
+    """Adds both adapters to the weights they adapt and takes their layers out, in place.
+
+    Raises:
+        ValueError: `decoder` has 4-bit layers; nothing has changed.
+    """
+    if four_bit_layers(decoder):
+        raise ValueError(
+            "merge_adapters: the backbone is in 4 bits, and a merged weight would be rounded to 4 bits anew, the "
+            "adapter's part of it most of all. Keep the adapters; or make the model on the whole backbone "
+            "(quantize=None), hand it this one's trained tensors (load_state_dict(..., strict=False)) and merge there"
+        )
     for name, layer in _adapted(decoder).items():
         layer.merge(safe_merge=True)
         decoder.set_submodule(name, layer.get_base_layer())

@@ -20,6 +20,7 @@ from hrm.attention import SlotCache, packed_documents
 from hrm.config import HRMConfig
 from hrm.core import CoreOutput, HRMCarry, HRMCore, Segment
 from hrm.inputs import check_inputs
+from hrm.loading import as_made, check_choices, four_bit_layers, keep_packing, load_backbone, quantization_of
 from hrm.lora import AdapterConfig, add_adapters, merge_adapters
 from hrm.loss import (
     IGNORED,
@@ -31,6 +32,7 @@ from hrm.loss import (
     reward,
     token_mean,
 )
+from hrm.offload import offload_per_layer_embeddings as offload
 from hrm.replay import ReplayBuffer, Transitions
 from hrm.saving import save_atomically
 
@@ -42,6 +44,7 @@ class HRMGemmaConfig(PreTrainedConfig):
         backbone: config of any Hugging Face causal language model, or its dict with a `model_type`.
         hrm: settings of the core, an `HRMConfig` or its dict; None: the defaults at the backbone's width.
         lora: True (two adapters of ranks 32 and 64), False or None (none), or a dict of `AdapterConfig`'s fields.
+        offload_per_layer_embeddings: keep Gemma 3n's table of per-layer embeddings in CPU memory.
     """
 
     model_type = "hrm_gemma"
@@ -64,6 +67,7 @@ class HRMGemmaConfig(PreTrainedConfig):
         backbone: PreTrainedConfig | Mapping[str, Any] | None = None,
         hrm: HRMConfig | Mapping[str, Any] | None = None,
         lora: bool | Mapping[str, Any] | None = True,
+        offload_per_layer_embeddings: bool = False,
         **kwargs: Any,
     ) -> None:
         if backbone is None:
@@ -75,6 +79,7 @@ class HRMGemmaConfig(PreTrainedConfig):
         settings = hrm.to_dict() if isinstance(hrm, HRMConfig) else dict(hrm or {})
         self.hrm = HRMConfig.from_dict({**settings, "hidden_size": width}).to_dict()
         self.lora = AdapterConfig.resolve(lora)
+        self.offload_per_layer_embeddings = offload_per_layer_embeddings
         kwargs.setdefault("tie_word_embeddings", False)  # the backbone ties its own
         # transformers hands this down to the backbone, whose own choice a None would undo, its causal mask with it
         kwargs.setdefault("attn_implementation", backbone._attn_implementation)
@@ -161,6 +166,7 @@ class HRMGemmaForCausalLM(PreTrainedModel, GenerationMixin):
     # the parts that train stay in float32 whatever the backbone is loaded in; `model.to(dtype)` casts them too
     _keep_in_fp32_modules_strict = {"hrm", "lora_A", "lora_B"}  # noqa: RUF012
     _no_split_modules = {"HRMCore"}  # noqa: RUF012
+    is_loaded_in_4bit: bool = False  # Trainer and accelerate look at it; not so the marks that `as_made` takes off
 
     def __init__(self, config: HRMGemmaConfig, backbone: PreTrainedModel | None = None) -> None:
         super().__init__(config)
@@ -171,6 +177,8 @@ class HRMGemmaForCausalLM(PreTrainedModel, GenerationMixin):
         self.replay = ReplayBuffer(self.hrm.config.replay_size)  # filled in training with q_target "replay" alone
         self.post_init()
         self._freeze_backbone()
+        if self.backbone.device.type != "meta":  # there `from_pretrained` is at work, which fills in weights first
+            self._offload()
 
     # ------------------------------------------------------------------------------------------------ making one
 
@@ -182,6 +190,9 @@ class HRMGemmaForCausalLM(PreTrainedModel, GenerationMixin):
         hrm: HRMConfig | Mapping[str, Any] | None = None,
         lora: bool | Mapping[str, Any] | None = True,
         dtype: torch.dtype | None = None,
+        quantize: str | None = None,
+        loader: str = "transformers",
+        offload_per_layer_embeddings: bool = False,
         **from_pretrained_kwargs: Any,
     ) -> HRMGemmaForCausalLM:
         """Puts a fresh core, and adapters, on a pretrained language model, whose own weights are frozen.
@@ -191,27 +202,41 @@ class HRMGemmaForCausalLM(PreTrainedModel, GenerationMixin):
             hrm: settings of the core; its `hidden_size` is taken from the backbone.
             lora: True, False, or a dict of `AdapterConfig`'s fields.
             dtype: of the backbone; None leaves it as it is stored. The core and the adapters are float32.
-            from_pretrained_kwargs: passed to `AutoModelForCausalLM.from_pretrained` with a path.
+            quantize: "nf4": the backbone's projections in 4 bits, which needs bitsandbytes; None: as they are.
+            loader: what loads a path, "transformers" or "unsloth".
+            offload_per_layer_embeddings: keep Gemma 3n's table of per-layer embeddings in CPU memory, and send the
+                device the rows that a batch looks up. The table passes through the device once, when it is loaded.
+            from_pretrained_kwargs: passed to the loader's `from_pretrained` with a path.
 
         Raises:
-            ValueError: the backbone is no plain causal language model, changes its head's logits, or has no
-                projections that the adapters can find.
+            ImportError: bitsandbytes or Unsloth is asked for and not installed.
+            ValueError: an argument is not as above; the backbone is no plain causal language model, changes its head's
+                logits, or has no projections that the adapters can find.
         """
+        check_choices(quantize, loader)
         if isinstance(model_or_path, nn.Module):
             if not isinstance(model_or_path, PreTrainedModel):
                 raise ValueError(f"backbone is a {type(model_or_path).__name__}; it should be a PreTrainedModel")
-            if from_pretrained_kwargs:
-                raise ValueError(f"from_backbone: {sorted(from_pretrained_kwargs)} are for loading; a model was given")
+            asked = {"quantize": quantize is not None, "loader": loader != "transformers", **from_pretrained_kwargs}
+            if for_loading := sorted(name for name in asked if asked[name] is not False):
+                raise ValueError(f"from_backbone: {for_loading} are for loading; a model was given")
             backbone = model_or_path if dtype is None else model_or_path.to(dtype=dtype)  # type: ignore[call-arg]
         else:
-            backbone = AutoModelForCausalLM.from_pretrained(
-                model_or_path, dtype=dtype or "auto", **from_pretrained_kwargs
+            backbone = load_backbone(
+                model_or_path, dtype=dtype, quantize=quantize, loader=loader, **from_pretrained_kwargs
             )
         if isinstance(backbone, HRMGemmaForCausalLM):
             raise ValueError("backbone has a core already; it should be a plain language model")
+        keep_packing(backbone)
         _check_head(backbone)
-        model = cls(HRMGemmaConfig(backbone=backbone.config, hrm=hrm, lora=lora), backbone=backbone)
+        config = HRMGemmaConfig(
+            backbone=backbone.config, hrm=hrm, lora=lora, offload_per_layer_embeddings=offload_per_layer_embeddings
+        )
+        model = cls(config, backbone=backbone)
         model.hrm.to(backbone.device)
+        if quantization := quantization_of(model, backbone):
+            config.quantization_config = quantization
+            model.is_loaded_in_4bit = True
         model.generation_config = backbone.generation_config
         return model.train(backbone.training)
 
@@ -230,6 +255,9 @@ class HRMGemmaForCausalLM(PreTrainedModel, GenerationMixin):
         if problems := _loading_problems(info):
             raise RuntimeError(f"{cls.__name__}: the checkpoint does not fit the model; {problems}")
         model._freeze_backbone()  # loading replaces parameters by trainable ones
+        if four_bit_layers(model):
+            as_made(model)
+        model._offload()
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
@@ -238,7 +266,11 @@ class HRMGemmaForCausalLM(PreTrainedModel, GenerationMixin):
         save_atomically(super().save_pretrained, Path(save_directory), *args, **kwargs)
 
     def merge_adapters(self) -> HRMGemmaForCausalLM:
-        """Adds both adapters to the backbone's weights and takes them out; returns self."""
+        """Adds both adapters to the backbone's weights and takes them out; returns self.
+
+        Raises:
+            ValueError: the backbone is in 4 bits.
+        """
         merge_adapters(self.backbone.get_decoder())
         self.config.lora = None
         return self
@@ -259,6 +291,10 @@ class HRMGemmaForCausalLM(PreTrainedModel, GenerationMixin):
             parameter.requires_grad_(".lora_" in name)
         for name in ("w_q", "b_q"):
             getattr(self.hrm, name).requires_grad_(self.hrm.config.act)
+
+    def _offload(self) -> None:
+        if self.config.offload_per_layer_embeddings:
+            offload(self.backbone)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing to do: the core, the adapters and the backbone each draw their weights when they are made."""
