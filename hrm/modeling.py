@@ -217,9 +217,11 @@ class HRMGemmaForCausalLM(PreTrainedModel, GenerationMixin):
         if isinstance(model_or_path, nn.Module):
             if not isinstance(model_or_path, PreTrainedModel):
                 raise ValueError(f"backbone is a {type(model_or_path).__name__}; it should be a PreTrainedModel")
-            asked = {"quantize": quantize is not None, "loader": loader != "transformers", **from_pretrained_kwargs}
-            if for_loading := sorted(name for name in asked if asked[name] is not False):
-                raise ValueError(f"from_backbone: {for_loading} are for loading; a model was given")
+            asked = {*from_pretrained_kwargs}
+            asked |= {"quantize"} if quantize is not None else set()
+            asked |= {"loader"} if loader != "transformers" else set()
+            if asked:
+                raise ValueError(f"from_backbone: {sorted(asked)} are for loading; a model was given")
             backbone = model_or_path if dtype is None else model_or_path.to(dtype=dtype)  # type: ignore[call-arg]
         else:
             backbone = load_backbone(
