@@ -31,6 +31,7 @@ from hrm.settings import (
     default_backbone,
     keys_of,
     load_settings,
+    load_training_settings,
     nearest,
 )
 
@@ -151,7 +152,12 @@ VERBS = {
         TrainingSettings,
         quickstart_defaults,
     ),
-    "train": Verb(train, "train on your own prompts and answers; with puzzle=sudoku: on puzzles", TrainingSettings),
+    "train": Verb(
+        train,
+        "train on your own prompts and answers; with puzzle=sudoku: on puzzles",
+        TrainingSettings,
+        load=load_training_settings,
+    ),
     "generate": Verb(generate, "answer a prompt with a trained model", GenerateSettings),
     "plot": Verb(plot, "draw the loss, states, Q values, depth and speed of a run", PlotSettings),
     "analyse": Verb(analyse, "measure gradient, fixed point and convergence of a trained core", AnalyseSettings),

@@ -261,6 +261,41 @@ def load_settings(schema: type, overrides: Sequence[str], defaults: Mapping[str,
     return config
 
 
+def load_training_settings(overrides: Sequence[str]) -> Any:
+    """The settings of one `hrm train`: defaults and `overrides`, or those of the run that it goes on with.
+
+    Raises:
+        UsageError: as `load_settings` and `saved_settings`.
+    """
+    given = load_settings(TrainingSettings, overrides)
+    return given if given.run.resume is None else saved_settings(given.run.resume, TrainingSettings, overrides)
+
+
+def saved_settings(folder: str, schema: type, overrides: Sequence[str], beside: tuple[str, ...] = ()) -> Any:
+    """The settings that the run in `folder` was started with, `run.resume` set.
+
+    Args:
+        schema: the class of its settings.
+        overrides: what was typed; only `run.resume` and keys of `beside` may be there.
+
+    Raises:
+        UsageError: another key was given, or the folder holds no such settings; the message names it.
+    """
+    allowed = ("run.resume=", *(f"{key}=" for key in beside))
+    if others := [word for word in overrides if not word.startswith(allowed)]:
+        raise UsageError(f"{others[0]!r} is given beside run.resume; a resumed run keeps its settings")
+    path = Path(folder) / "config.yaml"
+    if not path.is_file():
+        raise UsageError(f"run.resume is {folder!r}; it should be a run folder, with a config.yaml")
+    try:
+        settings = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.load(path))
+    except (OmegaConfBaseException, YAMLError, OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UsageError(f"{path} holds no settings of such a run: {reason}") from error
+    settings.run.resume = folder
+    return settings
+
+
 def _find(keys: Mapping[str, Key], name: str) -> Key:
     for key in keys.values():
         if name == key.name or (name.startswith(f"{key.name}.") and isinstance(key.default, dict)):

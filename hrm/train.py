@@ -14,12 +14,9 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.logging import RichHandler
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback, set_seed
-from yaml import YAMLError
 
 from hrm import report
 from hrm.data import Encoded, Problems, Template, bad_row_of, encode, first_line, load_problems
@@ -30,7 +27,6 @@ from hrm.running import Interrupted, StopOnInterrupt, new_run_folder
 from hrm.runs import METRICS, append_line
 from hrm.saving import checkpoints
 from hrm.settings import (
-    TrainingSettings,
     UsageError,
     check_length,
     check_training,
@@ -56,8 +52,6 @@ def fine_tune(settings: Any, console: Console) -> Path:
     processes = PartialState(cpu=not torch.cuda.is_available())
     if not processes.is_main_process:
         console = Console(quiet=True)
-    if settings.run.resume is not None:
-        settings = _settings_of(settings.run.resume)
     check_training(settings, processes.num_processes)
     job = Job.load(settings, console)
     folder = _on_first(processes, lambda: _folder(settings))
@@ -146,19 +140,6 @@ def load_model(backbone: str, settings: Any) -> HRMGemmaForCausalLM:
 
 
 # ---------------------------------------------------------------------------------------------------- the run folder
-
-
-def _settings_of(folder: str) -> Any:
-    """The settings that a run was started with; a UsageError where there are none."""
-    path = Path(folder) / "config.yaml"
-    if not path.is_file():
-        raise UsageError(f"run.resume is {folder!r}; it should be a run folder, with a config.yaml")
-    try:
-        settings = OmegaConf.merge(OmegaConf.structured(TrainingSettings), OmegaConf.load(path))
-    except (OmegaConfBaseException, YAMLError, OSError, ValueError) as error:
-        raise UsageError(f"{path} holds no settings of a training run: {first_line(error)}") from error
-    settings.run.resume = folder
-    return settings
 
 
 def _folder(settings: Any) -> Path:

@@ -9,14 +9,11 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from hrm.curriculum import is_depth
-from hrm.data import first_line
 from hrm.puzzle.config import MODELS, PuzzleConfig
 from hrm.puzzle.engine import OPTIMIZERS
-from hrm.settings import UsageError, load_settings, nearest, require, section_of
+from hrm.settings import UsageError, load_settings, nearest, require, saved_settings, section_of
 
 PRESETS = Path(__file__).parent / "presets"
 DEFAULT_MODEL = {"sudoku": "trm-mlp", "sudoku-4x4": "trm-mlp", "maze": "trm", "arc": "trm"}
@@ -121,7 +118,7 @@ def load_puzzle_settings(overrides: Sequence[str]) -> Any:
     """
     given = load_settings(PuzzleTrainingSettings, overrides)
     if given.run.resume is not None:
-        return _resumed(given.run.resume, overrides)
+        return saved_settings(given.run.resume, PuzzleTrainingSettings, overrides, beside=("puzzle",))
     chosen = preset_of(overrides)
     names = [f"{key}={chosen[key]}" for key in ("puzzle", "model")]
     settings = load_settings(PuzzleTrainingSettings, [*overrides, *names], chosen)
@@ -148,21 +145,6 @@ def preset_of(overrides: Sequence[str]) -> dict[str, Any]:
     preset = OmegaConf.to_container(OmegaConf.load(path)) if path.is_file() else {}
     assert isinstance(preset, dict)
     return {**preset, "puzzle": puzzle, "model": model}  # type: ignore[dict-item]
-
-
-def _resumed(folder: str, overrides: Sequence[str]) -> Any:
-    others = [word for word in overrides if not word.startswith(("run.resume=", "puzzle="))]
-    if others:
-        raise UsageError(f"{others[0]!r} is given beside run.resume; a resumed run keeps its settings")
-    path = Path(folder) / "config.yaml"
-    if not path.is_file():
-        raise UsageError(f"run.resume is {folder!r}; it should be a run folder, with a config.yaml")
-    try:
-        settings = OmegaConf.merge(OmegaConf.structured(PuzzleTrainingSettings), OmegaConf.load(path))
-    except (OmegaConfBaseException, YAMLError, OSError, ValueError) as error:
-        raise UsageError(f"{path} holds no settings of a puzzle run: {first_line(error)}") from error
-    settings.run.resume = folder
-    return settings
 
 
 def check_puzzle_training(settings: Any) -> None:

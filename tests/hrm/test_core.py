@@ -3,7 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import hrm_kernels
 from hrm import HRMCarry, HRMConfig, HRMCore
 from hrm.attention import SlotCache
 from hrm_kernels import BackendError
@@ -401,6 +403,151 @@ def test_evaluation_with_a_number_runs_exactly_that_many(h):
     out = core(h, segments=3)
     assert len(out.segments) == 3
     assert out.segments_used.eq(3).all()
+
+
+# ------------------------------------------------------------------------------------------- rows that have halted
+
+ROWS = 9
+
+
+def uneven_core(**settings):
+    """A core whose tokens halt after one to six segments, some of them after each."""
+    core = make_core(act=True, max_segments=6, **settings).eval()
+    with torch.no_grad():
+        q = torch.cat([segment.q.flatten(0, 1) for segment in core(rows_of(8), segments=6).segments])
+        core.b_q[0] -= (q[:, 0] - q[:, 1]).quantile(0.75)  # so that about one in four halts after each segment
+    return core
+
+
+def rows_of(tokens):
+    return torch.randn(ROWS, tokens, SIZES["hidden_size"], generator=torch.Generator().manual_seed(2))
+
+
+def padding(side, tokens):
+    """(ROWS, tokens), 0 to 3 tokens of padding a row; None: no mask."""
+    if side is None:
+        return None
+    places = torch.arange(tokens) if side == "left" else torch.arange(tokens).flip(0)
+    return (places >= torch.arange(ROWS)[:, None] % 4).long()
+
+
+def each_row_alone(core, h, mask=None):
+    """What every row gives by itself, where no other row can be left out."""
+    rows = range(len(h))
+    return [core(h[i : i + 1], attention_mask=None if mask is None else mask[i : i + 1]) for i in rows]
+
+
+@pytest.fixture
+def recurred(monkeypatch):
+    """How many rows each call of the L recurrence got."""
+    counts, plain = [], hrm_kernels.l_recurrence
+
+    def spy(z, *args, **kwargs):
+        counts.append(len(z))
+        return plain(z, *args, **kwargs)
+
+    monkeypatch.setattr(hrm_kernels, "l_recurrence", spy)
+    return counts
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("mixer", ["attention", "none"])
+@torch.no_grad()
+def test_a_segment_computes_the_rows_that_go_on_and_no_others(recurred, tokens, cached, mixer):
+    core = uneven_core(h_mixer=mixer)
+    recurred.clear()
+    out = core(rows_of(tokens), cache=SlotCache() if cached else None)
+    going = [int(segment.active.any(1).sum()) for segment in out.segments]
+    assert recurred == [tokens * rows for rows in going for _ in range(SIZES["h_cycles"])]
+    assert going[0] == ROWS > going[-1] > 0  # the case really occurs
+    if tokens == 1:
+        assert sum(recurred) == SIZES["h_cycles"] * int(out.segments_used.sum())
+
+
+@pytest.mark.parametrize(("training", "segments"), [(True, None), (True, 3), (False, 3)])
+def test_training_and_a_number_of_segments_compute_all_rows(recurred, training, segments):
+    core = uneven_core().train(training)
+    recurred.clear()
+    out = core(rows_of(1), segments=segments)
+    assert recurred == [ROWS] * SIZES["h_cycles"] * len(out.segments)
+
+
+@pytest.mark.parametrize("side", [None, "left", "right"])
+@pytest.mark.parametrize("mixer", ["attention", "none"])
+@pytest.mark.parametrize("tokens", [1, 5])
+@torch.no_grad()
+def test_leaving_rows_out_changes_nothing_for_those_that_go_on(side, mixer, tokens):
+    core, mask = uneven_core(h_mixer=mixer), padding(side, tokens)
+    h = rows_of(tokens)
+    out = core(h, attention_mask=mask)
+    for row, alone in enumerate(each_row_alone(core, h, mask)):
+        assert torch.equal(out.segments_used[row], alone.segments_used[0])
+        torch.testing.assert_close(out.z_h[row], alone.z_h[0], rtol=1e-3, atol=1e-3)
+        for segment, expected in zip(out.segments, alone.segments, strict=False):
+            assert torch.equal(segment.active[row], expected.active[0])
+            torch.testing.assert_close(segment.z_h[row], expected.z_h[0], rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(segment.q[row], expected.q[0], rtol=1e-3, atol=1e-3)
+        for segment in out.segments[len(alone.segments) :]:  # left out: as its last one was
+            assert not segment.active[row].any()
+            assert torch.equal(segment.z_h[row], out.segments[len(alone.segments) - 1].z_h[row])
+            assert torch.equal(segment.q[row], out.segments[len(alone.segments) - 1].q[row])
+    assert out.carry.halted.all() and not out.carry.steps.any()
+    assert torch.equal(out.carry.z_l, core.z_l_init.expand(ROWS, tokens, -1))
+    assert torch.equal(out.carry.z_h, core.z_h_init.expand(ROWS, tokens, -1))
+
+
+@torch.no_grad()
+def test_rows_left_out_start_anew_in_the_carry_while_others_go_on():
+    core, h = uneven_core(), rows_of(1)
+    core.config.stop_residual = float(core(h).residuals[2].max())  # ends the call while some rows are left to go on
+    out = core(h)
+    core.config.stop_residual, over = 0.0, out.carry.halted
+    steps = len(out.segments)
+    assert 1 < steps <= 3 and 0 < over.sum() < ROWS
+    assert out.carry.steps.tolist() == [0 if done else steps for done in over]
+    assert torch.equal(out.carry.z_l[over][:, 0], core.z_l_init.expand(int(over.sum()), -1))
+    assert torch.equal(out.carry.z_h[over][:, 0], core.z_h_init.expand(int(over.sum()), -1))
+    fixed = core(h, segments=steps).carry
+    torch.testing.assert_close(out.carry.z_l[~over], fixed.z_l[~over], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(out.carry.z_h[~over], fixed.z_h[~over], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("side", [None, "left", "right"])
+@pytest.mark.parametrize("pieces", [[8], [1] * 8, [4, 1, 1, 2]])
+@torch.no_grad()
+def test_slots_of_rows_left_out_serve_later_tokens_that_go_deeper(side, pieces):
+    core, tokens, cache = uneven_core(), 8, SlotCache()
+    h, mask = rows_of(tokens), padding(side, tokens)
+    alone = each_row_alone(core, h, mask)
+    states, used, end = [], [], 0
+    for piece in h.split(pieces, dim=1):
+        end += piece.shape[1]
+        out = core(piece, attention_mask=None if mask is None else mask[:, :end], cache=cache)
+        states.append(out.z_h)
+        used.append(out.segments_used)
+    used, real = torch.cat(used, 1), torch.ones(ROWS, tokens, dtype=torch.bool) if mask is None else mask.bool()
+    assert torch.equal(used, torch.cat([out.segments_used for out in alone]))
+    apart = (torch.cat(states, 1) - torch.cat([out.z_h for out in alone]))[real]
+    assert apart.square().mean().sqrt() < 1e-3  # of states of size 1: up to 72 steps amplify rounding
+    assert (used[:, 1:] > used[:, :-1]).any() and used.unique().numel() > 3  # the case really occurs
+
+
+@torch.no_grad()
+def test_the_device_is_waited_for_once_a_segment():
+    waits = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero):
+                waits.append(function)
+            return function(*args, **kwargs or {})
+
+    core = uneven_core()
+    h = rows_of(1)
+    with Watch():
+        out = core(h, cache=SlotCache())
+    assert len(waits) == len(out.segments) > 2
 
 
 def test_an_empty_batch_is_no_error(h):

@@ -5,6 +5,8 @@ import torch
 from small_models import ACT, VOCABULARY
 from transformers import DynamicCache
 
+import hrm_kernels
+from hrm.core import CoreOutput
 from hrm.modeling import HRMCache
 
 MODES = [{"segments": 2}, ACT]
@@ -62,6 +64,86 @@ def test_beam_search_with_and_without_cache(make_model, kind, ids, mode):
         model.generate(ids, num_beams=3, num_return_sequences=2, use_cache=use, **GREEDY) for use in (True, False)
     )
     assert torch.equal(cached, plain)
+
+
+@pytest.fixture
+def uneven():
+    """Five prompts of 6 to 12 tokens, padded on the left: (5, 12) ids and mask."""
+    tokens = torch.randint(1, VOCABULARY, (5, 12), generator=torch.Generator().manual_seed(4))
+    return tokens, (torch.arange(12) >= torch.tensor([0, 3, 6, 1, 0])[:, None]).long()
+
+
+def run_rows_alone(monkeypatch, core):
+    """Makes the core run each row of a batch by itself, where no other can be left out; without a cache."""
+    plain = core.forward
+
+    def forward(h, *, attention_mask=None, position_ids=None, cache=None, **settings):
+        assert cache is None
+        rows = []
+        for row in range(len(h)):
+            one = slice(row, row + 1)
+            mask = None if attention_mask is None else attention_mask[one]
+            places = position_ids if position_ids is None or len(position_ids) == 1 else position_ids[one]
+            rows.append(plain(h[one], attention_mask=mask, position_ids=places, **{**settings, "carry": None}))
+        return CoreOutput([], *(torch.cat([getattr(out, name) for out in rows]) for name in ("z_h", "segments_used")))
+
+    monkeypatch.setattr(core, "forward", forward)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_leaving_out_rows_that_halted_gives_what_each_row_gives_alone(monkeypatch, make_model, kind, uneven, beams):
+    model, (tokens, mask) = make_model(kind, **ACT), uneven
+    depths, outputs = [], []
+
+    def generate(use_cache):
+        depths.clear()
+        watch = model.hrm.register_forward_hook(lambda _, __, out: depths.append(out.segments_used))
+        settings = {"num_beams": beams, "return_dict_in_generate": True, "output_logits": True, "use_cache": use_cache}
+        outputs.append(model.generate(tokens, attention_mask=mask, **settings, **GREEDY))
+        watch.remove()
+        return torch.cat(depths, 1) if use_cache else depths[-1]
+
+    cached, plain = generate(True), generate(False)
+    run_rows_alone(monkeypatch, model.hrm)
+    alone = generate(False)
+    assert torch.equal(plain, alone)
+    assert beams > 1 or torch.equal(cached, alone)  # beams swap rows, and what was counted stays where it was
+    for out in outputs[:2]:
+        assert torch.equal(out.sequences, outputs[2].sequences)
+        torch.testing.assert_close(torch.stack(out.logits), torch.stack(outputs[2].logits), rtol=1e-3, atol=1e-3)
+    assert alone.unique().numel() > 2  # the case really occurs
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_a_padded_batch_gives_what_each_row_gives_alone(monkeypatch, make_model, kind, uneven, side):
+    model, (tokens, mask) = make_model(kind, **ACT), uneven
+    mask = mask if side == "left" else mask.flip(1)
+    together = model(tokens, attention_mask=mask)
+    run_rows_alone(monkeypatch, model.hrm)
+    alone = model(tokens, attention_mask=mask)
+    assert torch.equal(together.token_segments, alone.token_segments)
+    torch.testing.assert_close(together.logits[mask.bool()], alone.logits[mask.bool()], rtol=1e-3, atol=1e-3)
+
+
+def test_generating_computes_the_rows_that_go_on_and_no_others(monkeypatch, make_model, kind, uneven):
+    model, (tokens, mask) = make_model(kind, **ACT), uneven
+    got, wanted, rows, plain = [], [], [], hrm_kernels.l_recurrence
+
+    def recur(z, *args, **kwargs):
+        got.append(len(z))
+        return plain(z, *args, **kwargs)
+
+    def count(_, __, out):
+        for segment in out.segments:
+            rows.append(int(segment.active.any(1).sum()))
+            wanted.extend([rows[-1] * segment.active.shape[1]] * model.hrm.config.h_cycles)
+
+    monkeypatch.setattr(hrm_kernels, "l_recurrence", recur)
+    model.hrm.register_forward_hook(count)
+    model.generate(tokens, attention_mask=mask, **GREEDY)
+    assert got == wanted
+    assert set(rows) >= {1, 5}  # the case really occurs
 
 
 def test_sampling_is_seeded_and_batched(make_model, ids):

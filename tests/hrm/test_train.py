@@ -20,7 +20,7 @@ from hrm import HRMGemmaForCausalLM
 from hrm.cli import main
 from hrm.evaluate import evaluate
 from hrm.running import Interrupted, TrainingError
-from hrm.settings import TrainingSettings, UsageError, load_settings
+from hrm.settings import UsageError, load_training_settings
 from hrm.train import fine_tune, load_tokenizer
 from hrm.trainer import lr_factor, make_optimizer
 
@@ -47,7 +47,7 @@ def settings(backbone, tmp_path):
 
 
 def run(arguments):
-    return fine_tune(load_settings(TrainingSettings, arguments), QUIET)
+    return fine_tune(load_training_settings(arguments), QUIET)
 
 
 def metrics(folder):
@@ -240,7 +240,7 @@ def test_ctrl_c_leaves_a_checkpoint_that_loads_and_says_where(settings, tmp_path
 def _wait_for_steps(folder, process, seconds=90):
     end = time.monotonic() + seconds
     while time.monotonic() < end and process.poll() is None:
-        if any('"step"' in path.read_text() for path in folder.glob("*/metrics.jsonl")):
+        if any('"event": "step"' in path.read_text() for path in folder.glob("*/metrics.jsonl")):
             return
         time.sleep(0.1)
     raise AssertionError(f"no step was trained in {seconds} s; status {process.poll()}: {process.stderr.read()}")

@@ -26,7 +26,7 @@ from hrm.data import Template, encode, load_problems
 from hrm.loss import IGNORED
 from hrm.running import TrainingError
 from hrm.saving import checkpoints
-from hrm.settings import TrainingSettings, UsageError, load_settings
+from hrm.settings import TrainingSettings, UsageError, load_settings, load_training_settings
 from hrm.train import fine_tune, load_model, load_tokenizer
 from hrm.trainer import lr_factor, make_optimizer
 
@@ -57,7 +57,7 @@ def settings(backbone: Path, tmp_path: Path) -> Load:
 
 
 def run(arguments: list[str]) -> Path:
-    return fine_tune(load_settings(TrainingSettings, arguments), QUIET)
+    return fine_tune(load_training_settings(arguments), QUIET)
 
 
 def resume(folder: Path) -> Path:
@@ -267,6 +267,17 @@ def test_a_damaged_checkpoint_is_refused_by_name(settings: Load, name: str) -> N
         resume(folder)
 
 
+def test_what_cannot_be_gone_on_with(settings: Load, tmp_path: Path) -> None:
+    folder = run(settings("train.steps=1"))
+    with pytest.raises(UsageError, match=r"'train.steps=9' is given beside run.resume"):
+        run([f"run.resume={folder}", "train.steps=9"])
+    with pytest.raises(UsageError, match=r"it should be a run folder"):
+        run([f"run.resume={tmp_path}"])
+    (folder / "config.yaml").write_text("train: {steps: [")
+    with pytest.raises(UsageError, match=r"config.yaml holds no settings of such a run"):
+        run([f"run.resume={folder}"])
+
+
 def test_nothing_in_a_checkpoint_is_pickled(settings: Load) -> None:
     (newest,) = checkpoints(run(settings("train.steps=1")))
     kinds = {path.suffix for path in newest.iterdir()}
@@ -365,7 +376,7 @@ def test_kill_at_any_moment(settings: Load, tmp_path: Path) -> None:
 
 
 def _wait_for_a_step(folder: Path, process: subprocess.Popen, seconds: float = 90) -> None:
-    seen = lambda: sum(path.read_text().count('"step"') for path in folder.glob("*/metrics.jsonl"))  # noqa: E731
+    seen = lambda: sum(path.read_text().count('"event": "step"') for path in folder.glob("*/metrics.jsonl"))  # noqa: E731
     start, end = seen(), time.monotonic() + seconds
     while time.monotonic() < end and process.poll() is None:
         if seen() > start:

@@ -176,7 +176,7 @@ def test_a_finished_run_is_evaluated_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["x: [", "trian:\n  steps: 3\n", "train:\n  steps: many\n"])
 def test_damaged_settings_of_a_run_are_named(text: str, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(text)
-    with pytest.raises(UsageError, match=r"config.yaml holds no settings of a puzzle run: \S"):
+    with pytest.raises(UsageError, match=r"config.yaml holds no settings of such a run: \S"):
         resume(tmp_path)
 
 
