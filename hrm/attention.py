@@ -52,10 +52,14 @@ class SlotCache:
         """Segments that have slots."""
         return len(self._segments)
 
-    def extend(self, segment: int, cycle: int, cycles: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    def extend(
+        self, segment: int, cycle: int, cycles: int, keys: Tensor, values: Tensor, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Writes the tokens of this call behind those of `length` and returns all keys and values of the slot.
 
-        keys, values: (B, kv_heads, S, head_dim) -> two of (B, kv_heads, length + S, head_dim).
+        keys, values: (b, kv_heads, S, head_dim) -> two of (b, kv_heads, length + S, head_dim).
+        rows: (b,) int64, the batch rows that run this segment; None: all B. The others go on offering what they offer
+        in the slot of the segment before.
 
         Raises:
             RuntimeError: keys or values carry a graph, which the slots cannot keep.
@@ -64,9 +68,14 @@ class SlotCache:
             raise RuntimeError("use_cache=True keeps no gradients; call the model under torch.no_grad()")
         end = self.length + keys.shape[2]
         buffer = self._buffer(segment, cycles, keys, end)
-        buffer[cycle, 0, :, :, self.length : end] = keys
-        buffer[cycle, 1, :, :, self.length : end] = values
-        return buffer[cycle, 0, :, :, :end], buffer[cycle, 1, :, :, :end]
+        slot, new = buffer[cycle, ..., :end, :], buffer[cycle, ..., self.length : end, :]
+        if rows is None:
+            new[0], new[1] = keys, values
+            return slot[0], slot[1]
+        new.copy_(self._segments[segment - 1][cycle, ..., self.length : end, :])
+        new.index_copy_(1, rows, torch.stack((keys, values)))
+        kept = slot.index_select(1, rows)
+        return kept[0], kept[1]
 
     def commit(self, tokens: int, ran: int) -> None:
         """Ends a call: the `tokens` that ran `ran` segments offer the last one's entries in all deeper slots."""
@@ -114,21 +123,22 @@ class SlotCache:
 
 @dataclass
 class Mixing:
-    """What the mixer needs to know about one forward pass, the same for all its segments and cycles."""
+    """What the mixer needs to know about one forward pass, for the b rows of the batch that its segments still run."""
 
     heads: int
     cycles: int
-    cos: Tensor  # (B, 1, S, head_dim)
-    sin: Tensor  # (B, 1, S, head_dim), as `rotation` signs them
-    mask: Tensor | None  # (B, 1, S, past + S) bool, True where a query may look; None: `causal` says it all
+    cos: Tensor  # (b, 1, S, head_dim)
+    sin: Tensor  # (b, 1, S, head_dim), as `rotation` signs them
+    mask: Tensor | None  # (b, 1, S, past + S) bool, True where a query may look; None: `causal` says it all
     causal: bool  # without a mask: whether a query sees only keys up to its own
     cache: SlotCache | None
     segment: int = 0
-    active: Tensor | None = None  # (B, S) bool, tokens that have not halted; None: nothing halts by token
+    rows: Tensor | None = None  # (b,) int64, which of the batch's rows these are; None: all
+    active: Tensor | None = None  # (b, S) bool, tokens that have not halted; None: nothing halts by token
     offered: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # cycle -> what this call's tokens offer
 
     def offer(self, cycle: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """All keys and values to attend to, given those of this call's tokens: (B, kv_heads, S, head_dim) each.
+        """All keys and values to attend to, given those of this call's tokens: (b, kv_heads, S, head_dim) each.
 
         Tokens that halted go on offering those of their last segment, same cycle.
         """
@@ -140,7 +150,18 @@ class Mixing:
             self.offered[cycle] = (keys, values)
         if self.cache is None:
             return keys, values
-        return self.cache.extend(self.segment, cycle, self.cycles, keys, values)
+        return self.cache.extend(self.segment, cycle, self.cycles, keys, values, self.rows)
+
+    def keep(self, chosen: Tensor, rows: Tensor) -> None:
+        """Goes on with the rows `chosen` (int64) of those so far, `rows` of the batch."""
+        self.rows = rows
+        self.cos, self.sin = self.cos.index_select(0, chosen), self.sin.index_select(0, chosen)
+        if self.mask is not None:
+            self.mask = self.mask.index_select(0, chosen)
+        self.offered = {
+            cycle: (keys.index_select(0, chosen), values.index_select(0, chosen))
+            for cycle, (keys, values) in self.offered.items()
+        }
 
 
 def packed_documents(attention_mask: Tensor | None, position_ids: Tensor | None, cached: bool) -> Tensor | None:
@@ -195,7 +216,7 @@ def _only_right_padding(attention_mask: Tensor) -> bool:
 def mix(z: Tensor, w_qkv: Tensor, w_o: Tensor, mixing: Mixing, cycle: int) -> Tensor:
     """The `a` of the H step, z + Attn(z).
 
-    z (B * S, d_h), w_qkv (d_h, (heads + 2 kv_heads) * head_dim), w_o (d_h, d_h) -> (B * S, d_h).
+    z (b * S, d_h), w_qkv (d_h, (heads + 2 kv_heads) * head_dim), w_o (d_h, d_h) -> (b * S, d_h).
     """
     batch, _, tokens, head_dim = mixing.cos.shape
     kv_heads = (w_qkv.shape[1] // head_dim - mixing.heads) // 2

@@ -37,7 +37,10 @@ class HRMCarry(NamedTuple):
 
 @dataclass
 class Segment:
-    """What one segment hands to the outside; gradients flow through `z_h` and `q`."""
+    """What one segment hands to the outside; gradients flow through `z_h` and `q`.
+
+    Rows that the segment left out, all of whose tokens had halted, have `z_h` and `q` of their last one.
+    """
 
     z_h: Tensor  # (B, S, d_h), the slow state that the read-out sees
     active: Tensor  # (B, S) bool: real tokens that had not halted before this segment
@@ -78,6 +81,44 @@ class CoreOutput(NamedTuple):
     # that go on; None with a cache
     ahead: Segment | None = None  # one more segment, without graph, for its Q values alone; where `look_ahead` asked
     documents: Tensor | None = None  # (B, S) int64, numbered in each row; None where rows are not packed
+
+
+@dataclass
+class Running:
+    """The b rows of a batch that a forward pass still computes: all B, until every token of some has halted."""
+
+    context: Tensor  # (b * S, 2 d_l)
+    z_l: Tensor  # (b * S, d_l)
+    z_h: Tensor  # (b * S, d_h)
+    steps: Tensor  # (b, S) int32, as in the carry
+    mixing: Mixing | None
+    rows: Tensor | None = None  # (b,) int64, which of the batch's rows these are; None: all
+
+    def pick(self, values: Tensor) -> Tensor:
+        """These rows of (B, ...)."""
+        return values if self.rows is None else values.index_select(0, self.rows)
+
+    def spread(self, values: Tensor, others: Tensor) -> Tensor:
+        """(B, ...), given `values` (b, ...) of these rows and, for those left out, `others` (B, ...)."""
+        return values if self.rows is None else others.index_copy(0, self.rows, values)
+
+    def keep(self, left: Tensor) -> bool:
+        """Leaves out the rows without a token in `left` (B, S); False where that would be all."""
+        goes_on = self.pick(left).any(1)
+        chosen = goes_on.nonzero().squeeze(1)  # waits for the device: once a segment, which it must to end at all
+        if 0 < len(chosen) < len(goes_on):
+            self._keep(chosen)
+        return len(chosen) > 0
+
+    def _keep(self, chosen: Tensor) -> None:
+        def tokens(flat: Tensor) -> Tensor:
+            return flat.unflatten(0, self.steps.shape).index_select(0, chosen).flatten(0, 1)
+
+        self.context, self.z_l, self.z_h = tokens(self.context), tokens(self.z_l), tokens(self.z_h)
+        self.steps = self.steps.index_select(0, chosen)
+        self.rows = chosen if self.rows is None else self.rows.index_select(0, chosen)
+        if self.mixing is not None:
+            self.mixing.keep(chosen, self.rows)
 
 
 class HRMCore(nn.Module):
@@ -217,7 +258,8 @@ class HRMCore(nn.Module):
         Halting (only with `config.act`): in training a row, or each document of a packed one, halts when its mean of
         q_halt - q_continue over the tokens of `counted` is above 0, but not before `min_segments`, nor, with
         probability `exploration`, before a number drawn at random; in evaluation each token halts by its own two
-        values; at `max_segments` all do. With q_target "none" it is q_halt alone.
+        values, and a row all of whose tokens have halted costs nothing more; at `max_segments` all do. With q_target
+        "none" it is q_halt alone.
 
         Packing: without `attention_mask` and cache, positions that do not rise by one start a new document, which sees
         nothing of those before it; so does the backbone, by the same rule of transformers.
@@ -323,82 +365,89 @@ class HRMCore(nn.Module):
         look_ahead: bool,
     ) -> CoreOutput:
         halting, limit = self._plan(segments)
-        by_token, real, shape = halting and not self.training, rule.real, carry.z_h.shape
-        z_l, z_h = carry.z_l.flatten(0, 1), carry.z_h.flatten(0, 1)
-        steps, halted = carry.steps[:, None].expand(real.shape), torch.zeros_like(real)
-        restart = halted  # tokens whose row is over and starts anew
-        out, done, residuals, ahead = carry.z_h, [], [], None
+        by_token, real, steps = halting and not self.training, rule.real, carry.steps[:, None].expand(rule.real.shape)
+        running = Running(context, carry.z_l.flatten(0, 1), carry.z_h.flatten(0, 1), steps, mixing)
+        halted = restart = torch.zeros_like(real)  # restart: tokens whose row is over and starts anew
+        out, residuals, ahead = carry.z_h, [], None
+        done: list[Segment] = []
         for index in range(limit):
-            old = z_l, z_h
-            segment, (z_l, z_h) = self._one_segment(
-                index, context, old, weights, mixing, rule, carry.steps + index + 1, halted, by_token
+            old = running.z_l, running.z_h
+            segment, new = self._one_segment(
+                index, running, weights, rule, carry.steps + index + 1, halted, by_token, done[-1] if done else None
             )
             out = torch.where(segment.active[..., None], segment.z_h, out) if halting else segment.z_h
             done.append(segment)
             halted = segment.halted if halting else halted
-            z_l, z_h = z_l.detach(), z_h.detach()
+            new = new[0].detach(), new[1].detach()
             if keep_carry:
                 restart = (halted | ~real).all(1, keepdim=True).expand(real.shape) if halting else halted
-                (z_l, z_h), steps, moved = self._hand_over(restart, steps, old, (z_l, z_h), weights)
-                residuals.append(_mean(moved, real & ~restart))
-            if self._over(halting, real & ~halted, residuals, old, (z_l, z_h)):
+                new, running.steps, moved = self._hand_over(running.pick(restart), running.steps, old, new, weights)
+                residuals.append(_mean(moved, running.pick(real & ~restart)))
+            running.z_l, running.z_h = new
+            left = real & ~halted
+            if self.config.stop_residual and self._stand_still(running.pick(left), residuals, old, new):
+                break
+            if halting and not (running.keep(left) if by_token else left.any()):
                 break
         if look_ahead and halting and bool((real & ~halted).any()):
             with torch.no_grad():
                 count = carry.steps + len(done) + 1
-                ahead, _ = self._one_segment(
-                    len(done), context, (z_l, z_h), weights, mixing, rule, count, halted, by_token
-                )
+                ahead, _ = self._one_segment(len(done), running, weights, rule, count, halted, by_token, done[-1])
         used = torch.stack([segment.active for segment in done]).sum(0, dtype=torch.int32)
         if not keep_carry:
             return CoreOutput(done, out, used)
-        states = z_l.view(carry.z_l.shape), z_h.view(shape)
-        carry = HRMCarry(*states, steps[:, 0].clone(), restart[:, 0].clone())
+        carry = self._carry(running, restart[:, 0].clone())
         return CoreOutput(done, out, used, carry, torch.stack(residuals), ahead, rule.documents)
 
     def _one_segment(
         self,
         index: int,
-        context: Tensor,
-        states: tuple[Tensor, Tensor],
+        running: Running,
         weights: Weights,
-        mixing: Mixing | None,
         rule: HaltingRule,
         steps: Tensor,
         before: Tensor,
         by_token: bool,
+        previous: Segment | None,
     ) -> tuple[Segment, tuple[Tensor, Tensor]]:
-        """Segment `index` of a call, after which rows have run `steps` (B,); `before` (B, S) had halted already."""
-        active = rule.real & ~before
-        if mixing is not None:
-            mixing.segment, mixing.active = index, active if by_token else None
-        z_l, z_h = self.segment(context, *states, weights, mixing)
-        segment = Segment(z_h.view(*rule.real.shape, self.config.d_h), active, before)
+        """Segment `index` of a call, after which rows have run `steps` (B,), and the states it ends in.
+
+        `before` (B, S) had halted already; rows that no longer run have `previous`'s values.
+        """
+        active, shape = rule.real & ~before, running.steps.shape
+        if running.mixing is not None:
+            running.mixing.segment, running.mixing.active = index, running.pick(active) if by_token else None
+        z_l, z_h = self.segment(running.context, running.z_l, running.z_h, weights, running.mixing)
+        state = z_h.view(*shape, self.config.d_h)
+        segment = Segment(state if previous is None else running.spread(state, previous.z_h), active, before)
         if self.config.act:
             seen = z_h.detach() if self.config.q_gradient == "head" else z_h
-            segment.q = torch.addmm(weights.b_q, seen, weights.w_q).float().view(*rule.real.shape, 2)
+            q = torch.addmm(weights.b_q, seen, weights.w_q).float().view(*shape, 2)
+            segment.q = q if previous is None or previous.q is None else running.spread(q, previous.q)
             segment.last = (steps >= self.config.max_segments)[:, None].expand(rule.real.shape)
             segment.halted = before | rule.halted(segment.q, segment.last, steps)
         return segment, (z_l, z_h)
 
-    def _over(
-        self,
-        halting: bool,
-        left: Tensor,
-        residuals: list[Tensor],
-        old: tuple[Tensor, Tensor],
-        new: tuple[Tensor, Tensor],
+    def _stand_still(
+        self, left: Tensor, residuals: list[Tensor], old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]
     ) -> bool:
-        """Whether no further segment is worth running: nothing is left to go on, or both states stand still."""
-        if halting and not left.any():
-            return True
-        threshold = self.config.stop_residual
-        if not threshold:
-            return False
+        """Whether both states of the tokens `left` (b, S) moved so little that no further segment is worth running."""
         if not residuals:  # decoding hands on no carry, whose update would have measured this
             moved = [(b - a).norm(dim=-1) / a.norm(dim=-1) for a, b in zip(old, new, strict=True)]
             residuals = [_mean(torch.stack(moved, -1).view(*left.shape, 2), left)]
-        return bool((residuals[-1] <= threshold).all())
+        return bool((residuals[-1] <= self.config.stop_residual).all())
+
+    def _carry(self, running: Running, halted: Tensor) -> HRMCarry:
+        """What the next pass goes on from; rows `halted` (B,), those left out among them, start anew."""
+        shape = running.steps.shape
+        carry = HRMCarry(
+            running.z_l.unflatten(0, shape), running.z_h.unflatten(0, shape), running.steps[:, 0].clone(), halted
+        )
+        if running.rows is None:
+            return carry
+        fresh = self.initial_carry((len(halted), shape[1]), halted.device, carry.z_l.dtype)
+        z_l, z_h, steps = (running.spread(*pair) for pair in zip(carry[:3], fresh[:3], strict=True))
+        return HRMCarry(z_l, z_h, steps, halted)
 
     def _plan(self, segments: int | None) -> tuple[bool, int]:
         """Whether anything may halt in this call, and the most segments that it runs."""
