@@ -17,7 +17,9 @@ import torch
 from rich.console import Console
 
 from hrm.analysis.command import AnalyseSettings
+from hrm.lm_eval import LmEvalSettings
 from hrm.plot import PlotSettings
+from hrm.profile import ProfileSettings
 from hrm.puzzle.command_data import DataSettings
 from hrm.puzzle.command_evaluate import EvaluateSettings
 from hrm.puzzle.settings import PuzzleTrainingSettings, load_puzzle_settings, preset_of
@@ -125,6 +127,20 @@ def analyse(settings: Any) -> None:
     analyse_run(settings)
 
 
+def profile(settings: Any) -> None:
+    """Predicts what a training step takes of the GPU's memory."""
+    from hrm.profile import profile as profile_memory
+
+    profile_memory(settings)
+
+
+def lm_eval(settings: Any) -> None:
+    """Scores a checkpoint on tasks of lm-evaluation-harness."""
+    from hrm.lm_eval import lm_eval_tasks
+
+    lm_eval_tasks(settings)
+
+
 def generate(settings: Any) -> None:
     """Answers one prompt, or each line of standard input."""
     from hrm.generate import answer_all
@@ -159,10 +175,12 @@ VERBS = {
         load=load_training_settings,
     ),
     "generate": Verb(generate, "answer a prompt with a trained model", GenerateSettings),
+    "profile": Verb(profile, "predict a training step's memory, and what would save some", ProfileSettings),
     "plot": Verb(plot, "draw the loss, states, Q values, depth and speed of a run", PlotSettings),
     "analyse": Verb(analyse, "measure gradient, fixed point and convergence of a trained core", AnalyseSettings),
     "data": Verb(data, "read, check or make puzzles: Sudoku, mazes, ARC", DataSettings),
     "evaluate": Verb(evaluate, "score a trained puzzle model on a file of puzzles", EvaluateSettings),
+    "lm-eval": Verb(lm_eval, "score a checkpoint or a plain model on lm-evaluation-harness tasks", LmEvalSettings),
     "solve": Verb(solve, "solve the puzzles of a file, or of standard input", SolveSettings),
     "info": Verb(info, "versions, device, kernels and folders", InfoSettings),
 }
@@ -208,7 +226,7 @@ def _dispatch(words: list[str]) -> int:
     return _run(verb, load_settings(verb.schema, overrides, _defaults(verb, overrides)))
 
 
-BARE = {"solve": "path", "plot": "run", "analyse": "run"}  # key that a word without "=" belongs to
+BARE = {"solve": "path", "plot": "run", "analyse": "run", "lm-eval": "run"}  # key that a word without "=" belongs to
 
 
 def _on_puzzles(overrides: Sequence[str]) -> bool:

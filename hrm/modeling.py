@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,7 +159,7 @@ class HRMGemmaForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = HRMGemmaConfig
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    accepts_loss_kwargs = False  # each segment's loss is a mean: Trainer divides it by its accumulation steps
+    accepts_loss_kwargs = True  # num_items_in_batch: any Trainer's accumulation is exact
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -325,7 +326,9 @@ class HRMGemmaForCausalLM(PreTrainedModel, GenerationMixin):
         settings = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
         if settings["use_reentrant"]:
             raise ValueError("use_reentrant is True; it should be False: re-entrant checkpoints give wrong gradients")
-        super().gradient_checkpointing_enable(settings, *args, **kwargs)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of a new name, which the oldest supported version lacks
+            super().gradient_checkpointing_enable(settings, *args, **kwargs)
 
     # ------------------------------------------------------------------------------------------------ forward
 

@@ -23,6 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from hrm.config import HRMConfig
+from hrm.loading import KEPT_WHOLE
 from hrm.loss import CHUNK_BYTES
 from hrm.modeling import HRMGemmaConfig, HRMGemmaForCausalLM
 from hrm.settings import (
@@ -38,7 +39,6 @@ from hrm.settings import (
 )
 
 OPTIMIZERS = CHOICES["train.optimizer"]
-NF4_SKIPPED = ["lm_head", r".*\.altup\.", r"model\.altup_", r".*\.laurel\.", r".*per_layer_"]  # 4-bit Gemma 3n fails
 NF4_BLOCK, ADAM8_BLOCK = 64, 256  # values that share one float32 scale
 ADAM8_LEAST, PAGED_LEAST = 4096, 100_000  # smaller tensors keep float32 states; smaller ones are not paged
 PER_LAYER = "embed_tokens_per_layer.weight"  # Gemma 3n's: read one row a token, so the CPU can keep them
@@ -64,7 +64,7 @@ class Step:
     dtype: torch.dtype = torch.bfloat16
     """Of the backbone and of autocast; float32: no autocast. Core, adapters and their gradients are float32."""
     four_bit: bool = False
-    """The backbone's linear layers in nf4, those of `NF4_SKIPPED` aside."""
+    """The backbone's linear layers in nf4, those of `hrm.loading.KEPT_WHOLE` aside."""
     per_layer_on_cpu: bool = False
     """Gemma 3n's per-layer embeddings in the CPU's memory."""
     gradient_checkpointing: bool = False
@@ -294,11 +294,12 @@ class Skeleton:
     def _quantised(self) -> dict[str, int]:
         """Values of each weight that nf4 takes, by the module's name."""
         modules = self.model.backbone.named_modules()
+        whole = KEPT_WHOLE.get(self.text.model_type, ["lm_head"])
         linear = {name.removesuffix(".base_layer"): m for name, m in modules if type(m) is nn.Linear}
         return {
             name: m.weight.numel()
             for name, m in linear.items()
-            if ".lora_" not in name and should_convert_module(name, NF4_SKIPPED)
+            if ".lora_" not in name and should_convert_module(name, whole)
         }
 
     def weights(self, width: int, four_bit: bool) -> int:
@@ -354,8 +355,13 @@ class Skeleton:
 
 
 def nf4_bytes(size: int) -> int:
-    """Bytes of `size` values in bitsandbytes' nf4: half a byte each, a float32 scale a block, 16 code values."""
-    return -(-size // 2) + 4 * -(-size // NF4_BLOCK) + 4 * 16
+    """Bytes of `size` values in bitsandbytes' nf4 with double quantisation.
+
+    Half a byte each; a scale a block, itself in 8 bits with a float32 scale for 256 of them and one offset; the 16 and
+    256 values that the codes stand for.
+    """
+    blocks = -(-size // NF4_BLOCK)
+    return -(-size // 2) + blocks + 4 * -(-blocks // 256) + 4 * (1 + 16 + 256)
 
 
 # ---------------------------------------------------------------------------------------------------- counting
@@ -551,10 +557,10 @@ SAVINGS = (  # the one that costs least first
         "optimizer",
         lambda kind: "adamw_8bit" if kind == "adamw" else kind,
     ),
-    Saving("per-layer embeddings on the CPU", "each token's rows are copied", "per_layer_on_cpu", _on),
+    Saving("hrm.offload_per_layer_embeddings=true", "each token's rows are copied", "per_layer_on_cpu", _on),
     Saving("train.micro_batch={micro_batch}", "less to do at a time", "micro_batch", lambda rows: -(-rows // 2)),
     Saving("train.gradient_checkpointing=true", "a second forward pass", "gradient_checkpointing", _on),
-    Saving("a 4-bit backbone (nf4)", "its weights are rounded", "four_bit", _on),
+    Saving("hrm.quantize=nf4", "its weights are rounded", "four_bit", _on),
     Saving("train.optimizer=paged_adamw_8bit", "states come from the host", "optimizer", lambda _: "paged_adamw_8bit"),
 )
 
@@ -620,16 +626,12 @@ class ProfileSettings:
     lora: LoraSection = field(default_factory=LoraSection)  # type: ignore[valid-type]
     data: PlannedData = field(default_factory=PlannedData)
     train: TrainSection = field(default_factory=TrainSection)
-    four_bit: bool = False
-    """Plan with the backbone's linear layers in nf4."""
-    per_layer_on_cpu: bool = False
-    """Plan with Gemma 3n's per-layer embeddings in the CPU's memory."""
     gpu_gb: float | None = None
     """GB of the GPU that is planned for; null: what this machine's has, if there is one."""
 
 
 def plan_training(
-    settings: Any, backbone: PreTrainedConfig, tokens: int | None = None, processes: int = 1, **fields: Any
+    settings: Any, backbone: PreTrainedConfig, tokens: int | None = None, processes: int = 1
 ) -> MemoryPlan:
     """The plan of a training on CUDA with `settings`, which have the sections hrm, lora, data and train.
 
@@ -638,7 +640,6 @@ def plan_training(
         backbone: its config.
         tokens: of the longest row; None: data.max_length.
         processes: that share a batch.
-        fields: of `Step`, for what the settings do not say.
     """
     train = settings.train
     rows = train.batch_size // processes
@@ -649,7 +650,8 @@ def plan_training(
         gradient_checkpointing=train.gradient_checkpointing,
         optimizer=train.optimizer,
         fused=settings.hrm.fused is not False,
-        **fields,
+        four_bit=settings.hrm.quantize is not None,
+        per_layer_on_cpu=settings.hrm.offload_per_layer_embeddings,
     )
     lora = lora_dict(settings.lora)
     return predict_memory(backbone, hrm_config(settings.hrm), lora, step)
@@ -667,13 +669,12 @@ def profile(settings: Any) -> None:
     name = settings.hrm.backbone or default_backbone()
     if name is None:
         raise UsageError("no backbone; set hrm.backbone=NAME_OR_PATH, or HRM_MODEL_PATH")
-    fields = {"four_bit": settings.four_bit, "per_layer_on_cpu": settings.per_layer_on_cpu}
     try:
-        plan = plan_training(settings, load_config(name), **fields)
+        plan = plan_training(settings, load_config(name))
     except ValueError as error:
         raise UsageError(f"hrm.backbone is {name!r}, and cannot be planned with: {error}") from error
     measured = {}
-    if torch.cuda.is_available() and _has_weights(name) and not any(fields.values()):
+    if torch.cuda.is_available() and _has_weights(name):
         measured = _measured(name, settings, plan.step)
     print_plan(plan, measured)
     available = available_memory() if torch.cuda.is_available() else None

@@ -65,8 +65,17 @@ def section_of(
 
 
 HRMSection = section_of(
-    "HRMSection", HRMConfig, [("backbone", str | None, field(default=None))], leave_out=("hidden_size",)
+    "HRMSection",
+    HRMConfig,
+    [
+        ("backbone", str | None, field(default=None)),
+        ("quantize", str | None, field(default=None)),
+        ("loader", str, field(default="transformers")),
+        ("offload_per_layer_embeddings", bool, field(default=False)),
+    ],
+    leave_out=("hidden_size",),
 )
+LOADING = ("backbone", "quantize", "loader", "offload_per_layer_embeddings")  # how the backbone is loaded
 LoraSection = section_of("LoraSection", AdapterConfig, [("enabled", bool, field(default=True))])
 
 
@@ -338,9 +347,18 @@ def _kind_name(kind: Any) -> str:
     return " or ".join(words.get(part, getattr(part, "__name__", str(part))) for part in get_args(kind) or (kind,))
 
 
+_DOCS = {  # of the fields that sections add to another class's
+    "backbone": "Name or path of a causal language model; null: HRM_MODEL_PATH.",
+    "quantize": '"nf4": the backbone in 4 bits (pip install "hrm-kernels[bnb]"); null: as it is stored.',
+    "loader": '"transformers" or "unsloth" (pip install "hrm-kernels[unsloth]").',
+    "offload_per_layer_embeddings": "Keep Gemma 3n's per-layer embeddings in CPU memory.",
+    "enabled": "LoRA adapters.",
+}
+
+
 def _docs_of(schema: type) -> dict[str, str]:
     """The string under each field of a dataclass, also for sections made of another class's fields."""
-    docs = {"backbone": "Name or path of a causal language model; null: HRM_MODEL_PATH.", "enabled": "LoRA adapters."}
+    docs = dict(_DOCS)
     body = ast.parse(textwrap.dedent(inspect.getsource(_MADE_OF.get(schema, schema)))).body[0]
     assert isinstance(body, ast.ClassDef)
     for statement, after in zip(body.body, body.body[1:], strict=False):
@@ -361,7 +379,7 @@ def hrm_config(section: Any) -> HRMConfig:
     """
     values = OmegaConf.to_container(section)  # lists as lists, for JSON
     assert isinstance(values, dict)
-    return checked("hrm", HRMConfig, {str(key): value for key, value in values.items() if key != "backbone"})
+    return checked("hrm", HRMConfig, {str(key): value for key, value in values.items() if key not in LOADING})
 
 
 def lora_dict(section: Any) -> dict[str, Any] | bool:
@@ -391,6 +409,7 @@ def check_training(settings: Any, processes: int = 1) -> None:
     require(settings, "train.warmup", lambda value: 0 <= value < 1, "from 0 to below 1")
     for name in ("train.weight_decay", "train.plateau_tolerance", "eval.shots"):
         require(settings, name, lambda value: value >= 0, "at least 0")
+    require(settings, "hrm.quantize", lambda value: value in (None, "nf4"), '"nf4" or null')
     require(settings, "train.depth", is_depth, "[[share, h_cycles, l_steps], ...] with rising shares below 1")
     for name, choices in CHOICES.items():
         require(settings, name, lambda value, choices=choices: value in choices, " or ".join(choices))
@@ -404,6 +423,7 @@ def check_training(settings: Any, processes: int = 1) -> None:
 
 
 CHOICES = {
+    "hrm.loader": ("transformers", "unsloth"),
     "data.bad_rows": ("error", "skip"),
     "train.update_every": ("batch", "segment"),
     "train.segment_growth": ("none", "steps", "plateau"),

@@ -23,6 +23,7 @@ from hrm.data import Encoded, Problems, Template, bad_row_of, encode, first_line
 from hrm.evaluate import Evaluation, commonest_answer, evaluate
 from hrm.modeling import HRMGemmaForCausalLM
 from hrm.monitor import JsonlCallback, ProgressCallback, PrometheusCallback
+from hrm.profile import available_memory, check_fits, plan_training
 from hrm.running import Interrupted, StopOnInterrupt, new_run_folder
 from hrm.runs import METRICS, append_line
 from hrm.saving import checkpoints
@@ -54,6 +55,7 @@ def fine_tune(settings: Any, console: Console) -> Path:
         console = Console(quiet=True)
     check_training(settings, processes.num_processes)
     job = Job.load(settings, console)
+    job.warn_of_memory(processes.num_processes, console)
     folder = _on_first(processes, lambda: _folder(settings))
     report.print_start(console, job.model, job.backbone, len(job.rows), len(job.problems.held_out), folder)
     run = Run(folder, job, console, main=processes.is_main_process)
@@ -101,6 +103,15 @@ class Job:
         check_length("a held-out problem with its answer", longest, model, "Lower eval.max_new_tokens.")
         return cls(settings, backbone, model, tokenizer, template, problems, rows)
 
+    def warn_of_memory(self, processes: int, console: Console) -> None:
+        """Says where a step is predicted not to fit the GPU, and what would make it fit."""
+        if not torch.cuda.is_available():
+            return
+        longest = max(len(row.prompt) + len(row.answer) for row in self.rows)
+        plan = plan_training(self.settings, self.model.config.backbone, longest, processes)
+        if (warning := check_fits(plan, available_memory())) is not None:
+            console.print(warning)
+
     @property
     def steps(self) -> int:
         """Optimizer steps of the whole training."""
@@ -134,8 +145,11 @@ def load_model(backbone: str, settings: Any) -> HRMGemmaForCausalLM:
             lora=lora,
             dtype=torch.bfloat16 if cuda else torch.float32,
             device_map=PartialState().device if cuda else None,
+            quantize=settings.hrm.quantize,
+            loader=settings.hrm.loader,
+            offload_per_layer_embeddings=settings.hrm.offload_per_layer_embeddings,
         )
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         raise UsageError(f"hrm.backbone is {backbone!r}, and cannot be used: {first_line(error)}") from error
 
 

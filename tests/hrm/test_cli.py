@@ -5,6 +5,7 @@ import pytest
 from hrm import HRMConfig
 from hrm.cli import VERBS, main, quickstart_defaults
 from hrm.settings import (
+    LOADING,
     TrainingSettings,
     UsageError,
     cache_folder,
@@ -31,7 +32,7 @@ def test_defaults_are_those_of_the_classes_they_stand_for():
 
 def test_every_field_of_the_core_but_the_backbones_width_has_a_key():
     keys = {key.name for key in keys_of(TrainingSettings)}
-    expected = {f"hrm.{name}" for name in HRMConfig().to_dict()} - {"hrm.hidden_size"} | {"hrm.backbone"}
+    expected = {f"hrm.{name}" for name in (*HRMConfig().to_dict(), *LOADING)} - {"hrm.hidden_size"}
     assert {key for key in keys if key.startswith("hrm.")} == expected
 
 

@@ -13,8 +13,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Gemma3nTextConfig, PreTrainedConfig
 
 from hrm import HRMConfig, HRMCore, HRMGemmaForCausalLM
+from hrm.loading import KEPT_WHOLE
 from hrm.profile import (
-    NF4_SKIPPED,
     SAVINGS,
     MemoryPlan,
     ProfileSettings,
@@ -103,7 +103,8 @@ def test_four_bit_weights_are_counted_exactly(kind: str) -> None:
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
     model = AutoModelForCausalLM.from_config(backbone_config(kind), dtype=torch.bfloat16)
-    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=NF4_SKIPPED)
+    whole = KEPT_WHOLE.get(kind, ["lm_head"])
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=whole)
     weights = {name: m.weight for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     replaced = replace_with_bnb_linear(
         model, modules_to_not_convert=config.llm_int8_skip_modules, quantization_config=config
@@ -112,16 +113,21 @@ def test_four_bit_weights_are_counted_exactly(kind: str) -> None:
     total += sum(4 * buffer.numel() for buffer in model.buffers())  # some scalars are bfloat16: two bytes each
     for name, module in replaced.named_modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
-            packed, state = bitsandbytes.functional.quantize_4bit(weights[name].data, quant_type="nf4")
-            total += packed.nbytes + state.absmax.nbytes + state.code.nbytes
+            packed, state = bitsandbytes.functional.quantize_4bit(
+                weights[name].data, quant_type="nf4", compress_statistics=True
+            )
+            scales = state.state2
+            kept = packed, state.absmax, state.code, state.offset, scales.absmax, scales.code
+            total += sum(tensor.nbytes for tensor in kept)
     plan = plan_for(kind, Step(four_bit=True))
     assert plan.parts["weights"] + plan.parts["per_layer"] == total
     assert plan.parts["weights"] < plan.changed(four_bit=False).parts["weights"]
 
 
 def test_nf4_takes_half_a_byte_and_a_scale_a_block() -> None:
-    assert nf4_bytes(64 * 10) == 320 + 40 + 64
-    assert nf4_bytes(65) == 33 + 8 + 64
+    codes = 4 * (16 + 256)
+    assert nf4_bytes(64 * 10) == 320 + 10 + 4 + 4 + codes
+    assert nf4_bytes(64 * 257 + 1) == 32 * 257 + 1 + 258 + 8 + 4 + codes
 
 
 # ---------------------------------------------------------------------------------------------------- activations
@@ -234,12 +240,12 @@ def test_advice_names_the_cheapest_savings_that_suffice(big: MemoryPlan) -> None
     eight = SAVINGS[0].applied(big).peak
     assert advice(eight) == "train.optimizer=adamw_8bit"
     # 8-bit states alone are too little, and not needed beside the next one
-    assert advice(SAVINGS[1].applied(big).peak) == "per-layer embeddings on the CPU"
+    assert advice(SAVINGS[1].applied(big).peak) == "hrm.offload_per_layer_embeddings=true"
     both = SAVINGS[1].applied(SAVINGS[0].applied(big)).peak
-    assert advice(both) == "train.optimizer=adamw_8bit, per-layer embeddings on the CPU"
+    assert advice(both) == "train.optimizer=adamw_8bit, hrm.offload_per_layer_embeddings=true"
     assert advice(both - 1).startswith("train.micro_batch=2")
     text = check_fits(big, 10**9)
-    assert text is not None and "even with" in text and "a 4-bit backbone" in text
+    assert text is not None and "even with" in text and "hrm.quantize=nf4" in text
     assert "adamw_8bit" in text and text.count("train.optimizer") == 1  # the paged ones instead of the others
 
 
@@ -278,7 +284,8 @@ def test_settings_decide_what_is_planned() -> None:
     assert planned("train.micro_batch=8", processes=4).micro_batch == 2
     assert planned("train.update_every=segment", "hrm.segments=4").segments == 1
     assert planned("train.optimizer=adamw_8bit", "hrm.fused=false").fused is False
-    assert planned(four_bit=True).four_bit
+    assert planned("hrm.quantize=nf4").four_bit
+    assert planned("hrm.offload_per_layer_embeddings=true").per_layer_on_cpu
 
 
 def test_what_cannot_be_planned_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
