@@ -106,7 +106,8 @@ def probe(model: HRMGemmaForCausalLM, batch: Batch) -> tuple[Tensor, list[Probed
         if not torch.is_grad_enabled():  # a look ahead, which the loss has no gradient of
             return reached
         end = reached[0].detach().requires_grad_(), reached[1].detach().requires_grad_()
-        probed.append(ProbedSegment(core, context, weights, mixing, (z_l, z_h), end))
+        here = None if mixing is None else replace(mixing)  # the core drops rows from its own as they halt
+        probed.append(ProbedSegment(core, context, weights, here, (z_l, z_h), end))
         return end
 
     try:
