@@ -55,6 +55,7 @@ def find_checkpoint(folder: Path) -> tuple[Path, Template]:
 
 
 def load_trained(checkpoint: Path) -> HRMGemmaForCausalLM:
+    """The model of a checkpoint in evaluation mode, on the GPU where there is one; a UsageError where it is damaged."""
     try:
         model = HRMGemmaForCausalLM.from_pretrained(checkpoint)
     except (OSError, RuntimeError, ValueError) as error:
