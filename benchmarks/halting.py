@@ -1,8 +1,8 @@
 """Segments used against accuracy and time, on a trained run's held-out problems: `python benchmarks/halting.py RUN`.
 
 Decodes them greedily with exactly 1, 2, ... segments, as many as the run may use, and with halting by token,
-`--repeats` times in turn; one line each: right answers, mean segments a token, seconds (the best time). Halting pays where its
-line is as right as a deeper one and quicker.
+`--repeats` times in turn; one line each: right answers, mean segments a token, seconds (the best time). Halting pays
+where its line is as right as a deeper one and quicker.
 """
 
 from __future__ import annotations
