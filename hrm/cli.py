@@ -19,7 +19,7 @@ from rich.console import Console
 from hrm.analysis.command import AnalyseSettings
 from hrm.lm_eval import LmEvalSettings
 from hrm.plot import PlotSettings
-from hrm.profile import ProfileSettings
+from hrm.profile.command import ProfileSettings
 from hrm.puzzle.command_data import DataSettings
 from hrm.puzzle.command_evaluate import EvaluateSettings
 from hrm.puzzle.settings import PuzzleTrainingSettings, load_puzzle_settings, preset_of
@@ -129,7 +129,7 @@ def analyse(settings: Any) -> None:
 
 def profile(settings: Any) -> None:
     """Predicts what a training step takes of the GPU's memory."""
-    from hrm.profile import profile as profile_memory
+    from hrm.profile.command import profile as profile_memory
 
     profile_memory(settings)
 

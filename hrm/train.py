@@ -23,7 +23,8 @@ from hrm.data import Encoded, Problems, Template, bad_row_of, encode, first_line
 from hrm.evaluate import Evaluation, commonest_answer, evaluate
 from hrm.modeling import HRMGemmaForCausalLM
 from hrm.monitor import JsonlCallback, ProgressCallback, PrometheusCallback
-from hrm.profile import available_memory, check_fits, plan_training
+from hrm.profile.advice import available_memory, check_fits
+from hrm.profile.command import plan_training
 from hrm.running import Interrupted, StopOnInterrupt, new_run_folder
 from hrm.runs import METRICS, append_line
 from hrm.saving import checkpoints

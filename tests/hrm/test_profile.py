@@ -14,20 +14,12 @@ from transformers import AutoModelForCausalLM, Gemma3nTextConfig, PreTrainedConf
 
 from hrm import HRMConfig, HRMCore, HRMGemmaForCausalLM
 from hrm.loading import KEPT_WHOLE
-from hrm.profile import (
-    SAVINGS,
-    MemoryPlan,
-    ProfileSettings,
-    SavedBytes,
-    Step,
-    check_fits,
-    core_activations,
-    measure_memory,
-    nf4_bytes,
-    plan_training,
-    predict_memory,
-    profile,
-)
+from hrm.profile.advice import SAVINGS, check_fits
+from hrm.profile.command import ProfileSettings, plan_training, profile
+from hrm.profile.formulas import core_activations, nf4_bytes
+from hrm.profile.measure import measure_memory
+from hrm.profile.plan import MemoryPlan, Step, predict_memory
+from hrm.profile.tracing import SavedBytes
 from hrm.settings import UsageError, load_settings
 from hrm.trainer import make_optimizer
 

@@ -1,0 +1,91 @@
+"""Whether a training step fits into a GPU, and the settings that would make it fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hrm.profile.plan import MemoryPlan
+
+
+@dataclass(frozen=True)
+class Saving:
+    """One way to take less memory."""
+
+    setting: str  # what a user sets, or does
+    cost: str
+    field: str  # of `Step`
+    better: Callable[[Any], Any]  # the field's value -> the one that takes less, or the same where there is none
+
+    def applied(self, plan: MemoryPlan) -> MemoryPlan:
+        """The plan with this saving; the same object where it changes nothing."""
+        now = getattr(plan.step, self.field)
+        better = self.better(now)
+        return plan if better == now else plan.changed(**{self.field: better})
+
+
+def _on(_: bool) -> bool:
+    return True
+
+
+SAVINGS = (  # the one that costs least first
+    Saving(
+        "train.optimizer=adamw_8bit",
+        "states in 8 bits",
+        "optimizer",
+        lambda kind: "adamw_8bit" if kind == "adamw" else kind,
+    ),
+    Saving("hrm.offload_per_layer_embeddings=true", "each token's rows are copied", "per_layer_on_cpu", _on),
+    Saving("train.micro_batch={micro_batch}", "less to do at a time", "micro_batch", lambda rows: -(-rows // 2)),
+    Saving("train.gradient_checkpointing=true", "a second forward pass", "gradient_checkpointing", _on),
+    Saving("hrm.quantize=nf4", "its weights are rounded", "four_bit", _on),
+    Saving("train.optimizer=paged_adamw_8bit", "states come from the host", "optimizer", lambda _: "paged_adamw_8bit"),
+)
+
+
+def check_fits(plan: MemoryPlan, available: int) -> str | None:
+    """A warning where `plan` takes more than `available` bytes, with the savings that would make it fit; else None.
+
+    Savings are taken in the order of `SAVINGS` until it fits; those that it fits without are left out again.
+    """
+    if plan.peak <= available:
+        return None
+    taken, smallest = _fitting(plan, available)
+    text = (
+        f"a training step is predicted to take {in_gb(plan.peak)} GB of the GPU, {in_gb(plan.peak - available)} GB "
+        f"more than the {in_gb(available)} GB there are; "
+    )
+    names = ", ".join(saving.setting.format(micro_batch=smallest.step.micro_batch) for saving in taken)
+    if smallest.peak <= available:
+        return f"{text}it would fit, with {in_gb(smallest.peak)} GB, with: {names}"
+    if not taken:
+        return f"{text}nothing is left to save but a shorter data.max_length or a smaller core"
+    return f"{text}even with {names} it takes {in_gb(smallest.peak)} GB: lower data.max_length or the core's size"
+
+
+def _fitting(plan: MemoryPlan, available: int) -> tuple[list[Saving], MemoryPlan]:
+    """The savings that make `plan` fit, and the plan with them; all that help where none does."""
+    taken: list[Saving] = []
+    now = plan
+    for saving in SAVINGS:
+        while now.peak > available and (smaller := saving.applied(now)).peak < now.peak:
+            taken, now = [*(other for other in taken if other.field != saving.field), saving], smaller
+    for saving in reversed(taken[:-1]):  # the dearest first
+        rest = [other for other in taken if other is not saving]
+        without = plan.changed(**{other.field: getattr(now.step, other.field) for other in rest})
+        if now.peak <= available and without.peak <= available:
+            taken, now = rest, without
+    return taken, now
+
+
+def in_gb(size: int) -> str:
+    """`size` bytes in GB, as users read it."""
+    return f"{size / 1e9:.2f}"
+
+
+def available_memory() -> int:
+    """Bytes of the current GPU that this process has or can get."""
+    return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()

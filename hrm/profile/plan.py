@@ -1,0 +1,141 @@
+"""How a training step runs, and the prediction of what it takes, part by part and at its three peaks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from hrm.config import HRMConfig
+from hrm.profile.formulas import core_activations, loss_bytes
+from hrm.profile.skeleton import Skeleton
+from hrm.settings import CHOICES
+
+OPTIMIZERS = CHOICES["train.optimizer"]
+RESIDENT = ("weights", "per_layer", "adapters", "core", "gradients", "optimizer", "carry")
+PEAKS = {
+    "loss": ("copies", "backbone_activations", "core_activations", "loss"),
+    "backward": ("copies", "backbone_activations", "layer"),
+    "step": ("update",),
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """How one training step runs.
+
+    Raises:
+        ValueError: a value that makes no sense; the message names it.
+    """
+
+    tokens: int = 512
+    """Tokens in a row, padding included."""
+    micro_batch: int = 1
+    """Rows that go through the model together."""
+    segments: int | None = None
+    """M, segments of one forward pass; None: the core's own number (the most, under ACT)."""
+    dtype: torch.dtype = torch.bfloat16
+    """Of the backbone and of autocast; float32: no autocast. Core, adapters and their gradients are float32."""
+    four_bit: bool = False
+    """The backbone's linear layers in nf4, those of `hrm.loading.KEPT_WHOLE` aside."""
+    per_layer_on_cpu: bool = False
+    """Gemma 3n's per-layer embeddings in the CPU's memory."""
+    gradient_checkpointing: bool = False
+    """The backbone's layers are computed again in the backward pass."""
+    optimizer: str = "adamw"
+    """One of `OPTIMIZERS`."""
+    fused: bool = True
+    """Whether the core runs the Triton kernels, which save less."""
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "micro_batch") if self.segments is None else ("tokens", "micro_batch", "segments"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"Step: {name} is {value!r}; it should be a whole number, at least 1")
+        if self.dtype not in (torch.bfloat16, torch.float32):
+            raise ValueError(f"Step: dtype is {self.dtype}; it should be torch.bfloat16 or torch.float32")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"Step: optimizer is {self.optimizer!r}; it should be {' or '.join(OPTIMIZERS)}")
+
+    @property
+    def rows(self) -> int:
+        """n, tokens that go through the model together."""
+        return self.tokens * self.micro_batch
+
+
+@dataclass
+class MemoryPlan:
+    """Predicted bytes of one training step, by part.
+
+    A step has three peaks: "loss" (all activations and one chunk of logits), "backward" (the backbone's activations and
+    one layer at work), and "step" (the optimizer's, without activations). `peak` is the highest.
+    """
+
+    parts: dict[str, int]  # on the GPU
+    host: dict[str, int]  # in the CPU's memory
+    step: Step
+    skeleton: Skeleton = field(repr=False)
+
+    @property
+    def peaks(self) -> dict[str, int]:
+        """Bytes at each of the three peaks."""
+        return {name: sum(self.parts[part] for part in (*RESIDENT, *own)) for name, own in PEAKS.items()}
+
+    @property
+    def peak(self) -> int:
+        """The most bytes that the step takes of the GPU."""
+        return max(self.peaks.values())
+
+    def changed(self, **fields: Any) -> MemoryPlan:
+        """The plan of the same models with other fields of `Step`."""
+        return plan_of(self.skeleton, replace(self.step, **fields))
+
+
+def predict_memory(
+    backbone: PreTrainedConfig,
+    hrm: HRMConfig | None = None,
+    lora: bool | dict[str, Any] | None = True,
+    step: Step | None = None,
+) -> MemoryPlan:
+    """What a training step of a core and adapters on `backbone` takes; no weights are needed.
+
+    Args:
+        backbone: config of a causal language model.
+        hrm: settings of the core; its `hidden_size` is taken from the backbone. None: the defaults.
+        lora: as for `HRMGemmaForCausalLM.from_backbone`.
+        step: how the step runs.
+
+    Raises:
+        ValueError: no model can be made of `backbone`, or it cannot be traced; the message says why.
+    """
+    return plan_of(Skeleton(backbone, hrm or HRMConfig(), lora), step or Step())
+
+
+def plan_of(skeleton: Skeleton, step: Step) -> MemoryPlan:
+    """The prediction for models that were counted already."""
+    width, core = step.dtype.itemsize, skeleton.core
+    segments = step.segments or (core.max_segments if core.act else core.segments)
+    backbone, layer = skeleton.backbone_activations(
+        step.dtype, step.micro_batch, step.tokens, step.gradient_checkpointing
+    )
+    states, paged = skeleton.optimizer(step.optimizer)
+    per_layer = skeleton.per_layer(width)
+    trained = 4 * skeleton.trained
+    parts = {
+        "weights": skeleton.weights(width, step.four_bit),
+        "per_layer": 0 if step.per_layer_on_cpu else per_layer,
+        "adapters": skeleton.adapters,
+        "core": skeleton.core_bytes,
+        "gradients": trained,
+        "optimizer": states,
+        "carry": 4 * step.rows * (core.d_l + core.d_h),
+        "copies": 0 if width == 4 else (skeleton.core_bytes + skeleton.adapters) * width // 4,
+        "backbone_activations": backbone,
+        "core_activations": core_activations(core, step.rows, segments, width, fused=step.fused),
+        "loss": loss_bytes(skeleton.text, core, step.rows, segments, width),
+        "layer": layer + skeleton.largest_dequantised(width, step.four_bit),
+        "update": trained if step.optimizer == "adamw" else 0,  # torch's foreach takes the root of all moments at once
+    }
+    return MemoryPlan(parts, {"optimizer": paged, "per_layer": per_layer - parts["per_layer"]}, step, skeleton)
