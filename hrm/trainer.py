@@ -353,7 +353,9 @@ class Measurements:
         values = {"segments": output.segments_used}
         values |= {f"segment_loss_{m}": loss for m, loss in enumerate(output.segment_losses, 1)}
         if output.residuals is not None:
-            values |= {"residual_l": output.residuals[-1, 0], "residual_h": output.residuals[-1, 1]}
+            # where all rows ended nothing went on to be measured: the segment before is the last that was
+            last = ((output.residuals > 0).all(1).sum() - 1).clamp_min(0)
+            values |= dict(zip(("residual_l", "residual_h"), output.residuals[last], strict=True))
             for m, (residual_l, residual_h) in enumerate(output.residuals, 1):
                 values |= {f"residual_l_{m}": residual_l, f"residual_h_{m}": residual_h}
         if output.q is not None:
@@ -368,6 +370,7 @@ class Measurements:
         """Means over the passes since the last reading, and tokens a second over all processes."""
         now = time.perf_counter()
         means = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
+        means = {name: mean for name, mean in means.items() if mean or not name.startswith("residual")}
         speed = float(over_processes(self._tokens)) / (now - self._since)
         self._sums, self._tokens, self._since = {}, 0, now
         self._counts.clear()

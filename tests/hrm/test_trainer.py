@@ -353,6 +353,12 @@ def test_growth_and_depth_are_told(settings: Load) -> None:
     assert all(("segment_loss_2" in line) == (line["segments"] == 2) for line in lines)
 
 
+def test_residuals_are_of_segments_that_were_gone_on_from(settings: Load) -> None:
+    (line,) = steps(run(settings("hrm.act=true", "hrm.max_segments=3", "hrm.min_segments=3", "train.steps=1")))
+    assert line["residual_l"] == line["residual_l_2"] > 0 and line["residual_h"] == line["residual_h_2"] > 0
+    assert "residual_l_3" not in line and line["segments"] == 3
+
+
 # ---------------------------------------------------------------------------------------------------- kill -9
 
 
