@@ -97,7 +97,7 @@ class Run:
     def train(self, rows: Sequence[Encoded], pad: int) -> dict[str, float]:
         """Steps until the time is spent; returns steps, seconds and the mean loss of the last tenth."""
         options, losses = self.options, []
-        plan = BatchPlan([len(r.prompt) for r in rows], batch_size=options.batch_size, batches=10**6, seed=self.seed)
+        plan = BatchPlan([len(r.prompt) for r in rows], batch_size=options.batch_size, steps=10**6, seed=self.seed)
         depth = stages(self.arm.ramp, 10**6, self.full.h_cycles, self.full.l_steps)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         began = None

@@ -55,22 +55,22 @@ class BatchPlan(Sampler):
     Args:
         lengths: tokens of each row.
         batch_size: rows in a batch, over all processes.
-        batches: how many there are.
+        steps: optimizer steps.
         seed: of the order.
         segments: steps that each batch is trained on: 1, or one a segment.
         rank, world: this process and how many there are.
     """
 
     def __init__(
-        self, lengths: Sequence[int], *, batch_size: int, batches: int, seed: int, segments: int = 1, rank: int = 0,
+        self, lengths: Sequence[int], *, batch_size: int, steps: int, seed: int, segments: int = 1, rank: int = 0,
         world: int = 1,
     ) -> None:  # fmt: skip
-        self._lengths, self._batch_size, self._batches, self._segments = lengths, batch_size, batches, segments
+        self._lengths, self._batch_size, self._steps, self._segments = lengths, batch_size, steps, segments
         self._seed, self._rank, self._world = seed, rank, world
         self._order = lru_cache(maxsize=2)(self._order_of)
 
     def __len__(self) -> int:
-        return self._batches * self._segments
+        return self._steps
 
     def __iter__(self) -> Iterator[list[Place]]:
         for step in range(len(self)):

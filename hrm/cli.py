@@ -6,7 +6,9 @@ Exit status: 0 done; 1 failed while running; 2 used wrongly; 130 stopped by Ctrl
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -196,10 +198,13 @@ PUZZLE_TRAINING = Verb(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command line and returns its exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is the user's
     try:
         return _dispatch(words)
     except UsageError as error:
-        print(f"hrm: {error}", file=sys.stderr)
+        if int(os.environ.get("RANK", 0)) == 0:  # once for all processes
+            print(f"hrm: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("hrm: stopped", file=sys.stderr)

@@ -35,10 +35,12 @@ def set_depth(config: Any, full: Any, stages: Sequence[Stage], step: int) -> Non
 
 def is_depth(stages: Any) -> bool:
     """Whether `stages` is [[share, h_cycles, l_steps], ...] with rising shares below 1."""
-    shares = [stage[0] for stage in stages if len(stage) == 3]
-    counts = [count for stage in stages for count in stage[1:]]
-    rising = shares == sorted(shares) and all(0 < share < 1 for share in shares)
-    return rising and len(shares) == len(stages) and all(isinstance(n, int) and n >= 1 for n in counts)
+    if not all(isinstance(stage, Sequence) and len(stage) == 3 for stage in stages):
+        return False
+    shares, counts = [stage[0] for stage in stages], [count for stage in stages for count in stage[1:]]
+    if not all(isinstance(share, float | int) and 0 < share < 1 for share in shares):
+        return False
+    return shares == sorted(shares) and all(type(count) is int and count >= 1 for count in counts)
 
 
 class SegmentGrowth:

@@ -454,7 +454,8 @@ class HRMGemmaForCausalLM(PreTrainedModel, GenerationMixin):
         if config.q_target == "replay":
             if self.training:
                 self.replay.add(_transitions(core, targets != IGNORED, correct, config.segment_price))
-            output.q_loss = self.replay.loss(self.hrm.w_q, self.hrm.b_q) if self.replay.added else None
+            if self.replay.added:  # the rows' share of a batch's: parts of a batch add up to one
+                output.q_loss = self.replay.loss(self.hrm.w_q, self.hrm.b_q) * (len(rows) / items)
         else:
             seen = core.segments if core.ahead is None else [*core.segments, core.ahead]
             fields = pick("q", seen), correct, pick("active", seen), pick("last", seen)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
@@ -34,10 +37,40 @@ def new_run_folder(settings: Any, name: str) -> Path:
     folder = next(path for name in names if not (path := Path(settings.run.folder) / name).exists())
     try:
         folder.mkdir(parents=True)
-        OmegaConf.save(settings, folder / "config.yaml")
+        OmegaConf.save(_with_whole_paths(settings), folder / "config.yaml")
     except OSError as error:
         raise UsageError(f"run.folder is {settings.run.folder!r}, and cannot be written to: {error}") from error
     return folder
+
+
+def _with_whole_paths(settings: Any) -> Any:
+    """A copy in which what was named relative to the working folder is found from any other."""
+    copied = copy.deepcopy(settings)
+    for key in ("data.path", "data.held_out_path", "data.test_path", "hrm.backbone"):
+        value = OmegaConf.select(copied, key)
+        if value is not None and Path(value).exists():
+            OmegaConf.update(copied, key, str(Path(value).resolve()))
+    return copied
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps other processes from training into `folder` meanwhile; a UsageError where one does."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    path = folder / ".lock"
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UsageError(f"{folder} is being trained into by another process") from error
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 class StopOnInterrupt:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import ast
 import difflib
+import importlib.util
 import inspect
+import math
 import os
 import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, make_dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, get_args, get_type_hints
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -321,7 +323,9 @@ def _set(config: DictConfig, key: Key, name: str, text: str) -> None:
 
 def _kinds(key: Key) -> tuple[Any, ...]:
     """The types that a value may have; one given for a part of a dictionary may have any."""
-    return () if isinstance(key.default, dict) else get_args(key.kind) or (key.kind,)
+    if isinstance(key.default, dict) or get_origin(key.kind) is list:
+        return ()
+    return get_args(key.kind) or (key.kind,)
 
 
 def _read(text: str, kinds: tuple[Any, ...]) -> Any:
@@ -343,6 +347,8 @@ def nearest(name: str, known: Mapping[str, Any] | Sequence[str]) -> str:
 
 def _kind_name(kind: Any) -> str:
     """A type in the words of an error message."""
+    if get_origin(kind) is list:
+        return "a list, [...]"
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
     return " or ".join(words.get(part, getattr(part, "__name__", str(part))) for part in get_args(kind) or (kind,))
 
@@ -405,7 +411,11 @@ def check_training(settings: Any, processes: int = 1) -> None:
     for name in ("train.steps", "train.micro_batch"):
         require(settings, name, lambda value: value is None or value >= 1, "at least 1, or null")
     for name in ("train.epochs", "train.core_lr", "train.adapter_lr", "train.clip"):
-        require(settings, name, lambda value: value > 0, "above 0")
+        require(settings, name, lambda value: 0 < value < math.inf, "a finite number above 0")
+    require(settings, "train.epochs", lambda value: value <= 1e6, "at most a million")
+    require(settings, "train.seed", lambda value: 0 <= value < 2**32, "from 0 to 4294967295")
+    port = "from 0 (any free one) to 65535, or null"
+    require(settings, "train.prometheus_port", lambda value: value is None or 0 <= value <= 65535, port)
     require(settings, "train.warmup", lambda value: 0 <= value < 1, "from 0 to below 1")
     for name in ("train.weight_decay", "train.plateau_tolerance", "eval.shots"):
         require(settings, name, lambda value: value >= 0, "at least 0")
@@ -413,11 +423,16 @@ def check_training(settings: Any, processes: int = 1) -> None:
     require(settings, "train.depth", is_depth, "[[share, h_cycles, l_steps], ...] with rising shares below 1")
     for name, choices in CHOICES.items():
         require(settings, name, lambda value, choices=choices: value in choices, " or ".join(choices))
+    if settings.train.optimizer != "adamw" and importlib.util.find_spec("bitsandbytes") is None:
+        raise UsageError(
+            f"train.optimizer is {settings.train.optimizer!r}, which needs the package bitsandbytes; "
+            'pip install "hrm-kernels[bnb]"'
+        )
     if settings.train.batch_size % processes:
         raise UsageError(
             f"train.batch_size is {settings.train.batch_size}; it should be a multiple of the {processes} processes"
         )
-    _check_update(settings.train)
+    _check_update(settings)
     hrm_config(settings.hrm)
     lora_dict(settings.lora)
 
@@ -431,19 +446,20 @@ CHOICES = {
 }
 
 
-def _check_update(train: Any) -> None:
+def _check_update(settings: Any) -> None:
     """What does not go together with one update a segment."""
-    if train.update_every != "segment":
+    if settings.train.update_every != "segment":
         return
-    if train.pack:
-        raise UsageError(
-            'train.pack is true; it should be false with train.update_every="segment", whose carry is by row'
-        )
-    if train.segment_growth != "none":
-        raise UsageError(
-            f'train.segment_growth is {train.segment_growth!r}; it should be "none" with train.update_every="segment", '
-            "where each batch has the same number of steps"
-        )
+    for name, wanted, why in (
+        ("train.pack", False, "whose carry is by row"),
+        ("train.segment_growth", "none", "where each batch has the same number of steps"),
+        ("hrm.stop_residual", 0.0, "where each batch has the same number of steps"),
+        ("hrm.q_target", ("bootstrap", "none"), "where no step sees two segments"),
+    ):
+        value, allowed = OmegaConf.select(settings, name), wanted if isinstance(wanted, tuple) else (wanted,)
+        if value not in allowed:
+            should = " or ".join(str(choice).lower() for choice in allowed)
+            raise UsageError(f'{name} is {value}; it should be {should} with train.update_every="segment", {why}')
 
 
 def check_generation(settings: Any) -> None:

@@ -6,8 +6,8 @@ import logging
 import math
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,17 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from rich.logging import RichHandler
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from hrm import report
-from hrm.data import Encoded, Problems, Template, bad_row_of, encode, first_line, load_problems
+from hrm.data import Encoded, Example, Problems, Template, bad_row_of, encode, first_line, load_problems
 from hrm.evaluate import Evaluation, commonest_answer, evaluate
 from hrm.modeling import HRMGemmaForCausalLM
 from hrm.monitor import JsonlCallback, ProgressCallback, PrometheusCallback
 from hrm.profile.advice import available_memory, check_fits
 from hrm.profile.command import plan_training
-from hrm.running import Interrupted, StopOnInterrupt, new_run_folder
+from hrm.running import Interrupted, StopOnInterrupt, TrainingError, locked, new_run_folder
 from hrm.runs import METRICS, append_line
 from hrm.saving import checkpoints
 from hrm.settings import (
@@ -60,15 +61,16 @@ def fine_tune(settings: Any, console: Console) -> Path:
     folder = _on_first(processes, lambda: _folder(settings))
     report.print_start(console, job.model, job.backbone, len(job.rows), len(job.problems.held_out), folder)
     run = Run(folder, job, console, main=processes.is_main_process)
-    run.evaluate_before(settings.eval.shots)
-    train(job, run, console)
-    try:
-        run.evaluate_after()
-    except KeyboardInterrupt as stop:
-        raise Interrupted(f"stopped while evaluating; the checkpoint is {run.model_folder}") from stop
-    if processes.is_main_process:
-        report.plot_run(folder, run.evaluations)
-        report.print_outcome(console, run.evaluations, folder)
+    with locked(folder) if processes.is_main_process else nullcontext():
+        run.evaluate_before(settings.eval.shots)
+        train(job, run, console)
+        try:
+            run.evaluate_after()
+        except KeyboardInterrupt as stop:
+            raise Interrupted(f"stopped while evaluating; the checkpoint is {run.model_folder}") from stop
+        if processes.is_main_process:
+            report.print_outcome(console, run.evaluations, folder)
+            report.plot_run(folder, run.evaluations)
     return folder
 
 
@@ -95,6 +97,7 @@ class Job:
         problems = load_problems(settings.data, settings.train.seed, bad_row)
         tokenizer = load_tokenizer(backbone)
         rows = encode(problems.train, template, tokenizer, settings.data.max_length, bad_row)
+        problems = replace(problems, held_out=_usable(problems.held_out, template, tokenizer, settings))
         held_out = encode(problems.held_out, template, tokenizer, settings.data.max_length)
         with console.status(f"Loading {backbone}"):
             model = load_model(backbone, settings)
@@ -121,6 +124,27 @@ class Job:
             return train.steps
         batches = max(1, math.ceil(train.epochs * len(self.rows) / train.batch_size))
         return batches * ((core.max_segments if core.act else core.segments) if train.update_every == "segment" else 1)
+
+
+def _usable(
+    examples: list[Example], template: Template, tokenizer: PreTrainedTokenizerBase, settings: Any
+) -> list[Example]:
+    """Those that are not too long; data.bad_rows says what becomes of the others."""
+    bad_row, kept = bad_row_of(settings.data), []
+    for example in examples:
+        problems: list[str] = []
+        try:
+            encode([example], template, tokenizer, settings.data.max_length, problems.append)
+        except UsageError:
+            if not problems:
+                raise
+        if problems:
+            bad_row(problems[0])
+        else:
+            kept.append(example)
+    if not kept:
+        raise UsageError("none of the held-out rows can be used")
+    return kept
 
 
 def load_tokenizer(backbone: str) -> PreTrainedTokenizerBase:
@@ -190,9 +214,16 @@ class Run:
 
     def save_model(self) -> None:
         """Writes the model and its tokenizer, in place of an earlier one."""
-        if self._main:
+        if not self._main:
+            return
+        try:
             self.job.model.save_pretrained(self.model_folder)
             self.job.tokenizer.save_pretrained(self.model_folder)
+        except (OSError, SafetensorError) as error:  # a full disk is either
+            raise TrainingError(
+                f"the trained model cannot be written to {self.model_folder}: {error}; with that mended, go on with "
+                f"run.resume={self.folder}"
+            ) from error
 
     def evaluate_before(self, shots: int) -> None:
         """Judges the untrained model; a run that goes on remembers how it was judged."""
@@ -253,7 +284,7 @@ def train(job: Job, run: Run, console: Console) -> None:
     job.model.hrm.config = trainer.full_depth
     run.save_model()
     trainer.accelerator.wait_for_everyone()
-    if done < job.steps:
+    if done < job.steps or stop.asked:
         raise Interrupted(f"stopped after step {done} of {job.steps}; go on with run.resume={run.folder}")
 
 
@@ -265,10 +296,14 @@ class StopWhenAsked(TrainerCallback):
         self._stop, self._repeats = stop, repeats
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        asked = torch.tensor(int(self._stop.asked), device=args.device)
+        asked = self._stop.asked
         if args.world_size > 1:  # signals do not reach all processes at the same step
-            torch.distributed.all_reduce(asked)
-        if int(asked) and state.global_step % self._repeats == 0:
+            told = torch.tensor(int(asked), device=args.device)
+            torch.distributed.all_reduce(told)
+            asked = bool(told)
+        if state.global_step >= state.max_steps:
+            control.should_log = True  # however many steps lie between two lines
+        if asked and state.global_step % self._repeats == 0:
             control.should_save = control.should_training_stop = True
 
 

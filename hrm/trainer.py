@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import math
 import time
@@ -25,6 +26,7 @@ from hrm.loss import IGNORED
 from hrm.modeling import HRMGemmaForCausalLM, HRMOutput
 from hrm.running import TrainingError, peak_memory
 from hrm.saving import checkpoint_folder, checkpoints, remove_old_checkpoints, step_of
+from hrm.settings import UsageError
 from hrm.training_state import check_training, load_optimizer, load_rank, load_weights, save_training
 
 logger = logging.getLogger("hrm")
@@ -63,10 +65,12 @@ class HRMTrainer(Trainer):
             self.segments, settings.segment_growth, steps, settings.plateau_window, settings.plateau_tolerance
         )
         self.micro_batch = settings.micro_batch or settings.batch_size
+        self.identity = {"rows": digest_rows(rows), "backbone": digest_backbone(model)}
         self.skipped, self.skipped_in_row, self._first_bad, self._why = 0, 0, 0, ""
         self._carries: list[HRMCarry] = []
         self._halted: list[Tensor] = []
         self._seen = Measurements()
+        self._limit = self.segments
         if settings.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         super().__init__(
@@ -103,7 +107,7 @@ class HRMTrainer(Trainer):
         plan = BatchPlan(
             [len(row.prompt) + len(row.answer) for row in self.rows],
             batch_size=self.settings.batch_size,
-            batches=-(-self.args.max_steps // self.repeats),
+            steps=self.args.max_steps,
             seed=self.settings.seed,
             segments=self.repeats,
             rank=self.args.process_index,
@@ -125,7 +129,8 @@ class HRMTrainer(Trainer):
         set_depth(self.core_model.hrm.config, self.full_depth, self.depth, self.state.global_step)
         if inputs.segment == 0:
             self._carries, self._halted = [], []
-        generators = _generators(self.args.device)
+        self._limit = self.growth.at(self.state.global_step)
+        generators, added = _generators(self.args.device), self.core_model.replay.added
         while True:
             try:
                 loss = self._gradients(model, inputs)
@@ -135,11 +140,15 @@ class HRMTrainer(Trainer):
             self._smaller(inputs, why)  # outside: the exception holds on to the failed pass
             model.zero_grad(set_to_none=True)
             _set_generators(generators, self.args.device)
+            self.core_model.replay.added = added  # what the failed pass has put in is written over
         if self.settings.segment_growth == "plateau":
             self.growth.saw(float(self._mean_over_processes(loss)))
         return loss
 
     def _gradients(self, model: nn.Module, inputs: StepRows) -> Tensor:
+        if inputs.segment and self._all_halted():  # the optimizer passes over what has no gradient
+            self._seen.begin_step()
+            return torch.zeros((), device=self.args.device)
         items = self._sum_over_processes(scored_tokens(inputs.rows)).clamp_min(1)
         self._seen.begin_step()
         total = torch.zeros((), device=self.args.device)
@@ -153,12 +162,18 @@ class HRMTrainer(Trainer):
                 loss = output.loss * self._weight(inputs.segment)
                 self.accelerator.backward(loss * self.args.world_size)  # processes' gradients are averaged
             total += loss.detach() * self.args.world_size
-            self._seen.add(output, part)
+            self._seen.add(output, part, inputs.segment)
             if self.repeats > 1:
                 carries.append(_lowered(output.carry, self.args.bf16))
                 halted.append(carries[-1].halted | (self._halted[number] if inputs.segment else False))
         self._carries, self._halted = carries, halted
+        self._seen.end_step()
         return total
+
+    def _all_halted(self) -> bool:
+        """Whether no row of the batch, on any process, has anything left to learn in its remaining segments."""
+        left = sum((~part).sum() for part in self._halted)
+        return int(self._sum_over_processes(left)) == 0
 
     def _parts(self, inputs: StepRows) -> list[dict[str, Tensor]]:
         if self.repeats == 1:
@@ -173,7 +188,7 @@ class HRMTrainer(Trainer):
         self, model: nn.Module, part: dict[str, Tensor], segment: int, number: int, items: Tensor
     ) -> HRMOutput:
         if self.repeats == 1:
-            return model(**part, segments=self.growth.at(self.state.global_step), num_items_in_batch=items)
+            return model(**part, segments=self._limit, num_items_in_batch=items)
         carry = None
         if segment:
             carry = self._carries[number]
@@ -267,28 +282,39 @@ class HRMTrainer(Trainer):
             logs |= {"memory_gb": peak_memory(self.args.device), "skipped_steps": self.skipped}
             logs["micro_batch"] = self.micro_batch
             if self.repeats == 1:
-                logs["segment_limit"] = self.growth.at(max(self.state.global_step - 1, 0))
+                logs["segment_limit"] = self._limit
         super().log(logs, start_time)
+        self.state.log_history.clear()  # metrics.jsonl has it; every checkpoint would hold all of it
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 
     def progress(self) -> dict[str, Any]:
         """What of a run is neither the Trainer's nor a tensor; JSON."""
-        return {"skipped": self.skipped, "micro_batch": self.micro_batch, "growth": self.growth.state()}
+        return {
+            "skipped": self.skipped, "micro_batch": self.micro_batch, "growth": self.growth.state(),
+            "identity": self.identity,
+        }  # fmt: skip
 
     def load_progress(self, progress: dict[str, Any]) -> None:
-        """Puts back what `progress` gave."""
+        """Puts back what `progress` gave; a UsageError where it was of other rows or another backbone."""
+        for part, digest in progress["identity"].items():
+            if self.identity[part] != digest:
+                what = "training data are" if part == "rows" else "backbone is"
+                raise UsageError(f"the {what} not what the run in {self.folder} was started with; it cannot go on")
         self.skipped, self.micro_batch = progress["skipped"], progress["micro_batch"]
         self.growth.load_state(progress["growth"])
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Writes one, unless the last step was skipped: what it would hold may be what does the harm."""
-        if self.skipped_in_row:
-            if self.state.global_step >= self.args.max_steps:
-                raise TrainingError(self._no_way_on())
+        """Writes one, but not on the way where the last step was skipped: what it would hold may do the harm."""
+        if self.skipped_in_row and self.state.global_step >= self.args.max_steps:
+            raise TrainingError(self._no_way_on())
+        if self.skipped_in_row and not self.control.should_training_stop:
             return
         self._check_weights()
-        save_training(self, checkpoint_folder(self.folder, self.state.global_step))
+        try:
+            save_training(self, checkpoint_folder(self.folder, self.state.global_step))
+        except UsageError as error:  # a full disk is no wrong usage
+            raise TrainingError(f"{error}; with that mended, go on with run.resume={self.folder}") from error
         if self.is_world_process_zero():
             remove_old_checkpoints(self.folder)
 
@@ -336,35 +362,43 @@ class Measurements:
         self._tokens: int | Tensor = 0
         self._since = time.perf_counter()
         self._losses: list[Tensor] = []
+        self._noted: list[tuple[Any, dict[str, Tensor]]] = []
 
     def begin_step(self) -> None:
-        self._losses = []
+        """What an attempt that ran out of memory has noted is forgotten."""
+        self._losses, self._noted = [], []
+
+    def end_step(self) -> None:
+        """Adds what the step has noted."""
+        for tokens, values in self._noted:
+            self._tokens += tokens
+            for name, value in values.items():
+                self._sums[name] = self._sums.get(name, 0) + value.detach().float()
+                self._counts[name] += 1
 
     @property
     def loss(self) -> float:
         """The loss of the current step."""
         return float(sum(self._losses))
 
-    def add(self, output: HRMOutput, part: dict[str, Tensor]) -> None:
-        """Takes note of one forward pass."""
+    def add(self, output: HRMOutput, part: dict[str, Tensor], before: int = 0) -> None:
+        """Takes note of one forward pass, whose first segment is the batch's segment `before` + 1."""
         assert output.loss is not None and output.segment_losses is not None and output.segments_used is not None
         self._losses.append(output.loss.detach())
-        self._tokens += part["input_ids"].numel() if "attention_mask" not in part else part["attention_mask"].sum()
-        values = {"segments": output.segments_used}
-        values |= {f"segment_loss_{m}": loss for m, loss in enumerate(output.segment_losses, 1)}
+        tokens = part["input_ids"].numel() if "attention_mask" not in part else part["attention_mask"].sum()
+        values = {"segments": output.segments_used + before}
+        values |= {f"segment_loss_{m}": loss for m, loss in enumerate(output.segment_losses, before + 1)}
         if output.residuals is not None:
             # where all rows ended nothing went on to be measured: the segment before is the last that was
             last = ((output.residuals > 0).all(1).sum() - 1).clamp_min(0)
             values |= dict(zip(("residual_l", "residual_h"), output.residuals[last], strict=True))
-            for m, (residual_l, residual_h) in enumerate(output.residuals, 1):
+            for m, (residual_l, residual_h) in enumerate(output.residuals, before + 1):
                 values |= {f"residual_l_{m}": residual_l, f"residual_h_{m}": residual_h}
         if output.q is not None:
             values |= {"q_halt": output.q[0], "q_continue": output.q[1]}
         if output.q_loss is not None:
             values["q_loss"] = output.q_loss.detach()
-        for name, value in values.items():
-            self._sums[name] = self._sums.get(name, 0) + value.detach().float()
-            self._counts[name] += 1
+        self._noted.append((tokens, values))
 
     def read(self, over_processes: Any) -> dict[str, float]:
         """Means over the passes since the last reading, and tokens a second over all processes."""
@@ -375,6 +409,24 @@ class Measurements:
         self._sums, self._tokens, self._since = {}, 0, now
         self._counts.clear()
         return {**means, "tokens_per_second": speed}
+
+
+def digest_rows(rows: Sequence[Encoded]) -> str:
+    """SHA-256 of rows and their order."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(f"{row.prompt}{row.answer}".encode())
+    return digest.hexdigest()
+
+
+def digest_backbone(model: HRMGemmaForCausalLM) -> str:
+    """SHA-256 of what of a model does not train: names, shapes and the first values of each tensor."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad and not name.startswith("hrm."):
+            first = parameter.detach().flatten()[:64].float().cpu()
+            digest.update(f"{name}{tuple(parameter.shape)}".encode() + first.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def make_optimizer(model: HRMGemmaForCausalLM, settings: Any) -> torch.optim.Optimizer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_backbone import TINY_CORE, save_tiny_backbone
 
 from hrm import HRMGemmaForCausalLM
@@ -24,7 +25,7 @@ from hrm.batching import BatchPlan, micro_batches
 from hrm.curriculum import SegmentGrowth
 from hrm.data import Template, encode, load_problems
 from hrm.loss import IGNORED
-from hrm.running import TrainingError
+from hrm.running import TrainingError, locked
 from hrm.saving import checkpoints
 from hrm.settings import TrainingSettings, UsageError, load_settings, load_training_settings
 from hrm.train import fine_tune, load_model, load_tokenizer
@@ -94,7 +95,7 @@ def by_hand(arguments: list[str], *, per_segment: bool) -> dict[str, torch.Tenso
     peaks = [group["lr"] for group in optimizer.param_groups]
     segments = model.hrm.config.segments
     lengths = [len(row.prompt) + len(row.answer) for row in rows]
-    plan = BatchPlan(lengths, batch_size=config.train.batch_size, batches=6, seed=config.train.seed)
+    plan = BatchPlan(lengths, batch_size=config.train.batch_size, steps=6, seed=config.train.seed)
     carry, batches = None, iter(plan)
     for step in range(config.train.steps):
         if step % (segments if per_segment else 1) == 0:
@@ -129,17 +130,17 @@ def test_packing_trains_the_same(settings: Load) -> None:
 
 def test_a_plan_is_a_function_of_seed_and_step() -> None:
     lengths = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]
-    plan = BatchPlan(lengths, batch_size=4, batches=5, seed=7)
+    plan = BatchPlan(lengths, batch_size=4, steps=5, seed=7)
     seen = [place.row for batch in plan for place in batch]
     assert sorted(seen) == sorted([*range(10), *range(10)])  # two passes, each row once in each
-    assert list(plan) == list(BatchPlan(lengths, batch_size=4, batches=9, seed=7))[:5]
-    assert list(plan) != list(BatchPlan(lengths, batch_size=4, batches=5, seed=8))
+    assert list(plan) == list(BatchPlan(lengths, batch_size=4, steps=9, seed=7))[:5]
+    assert list(plan) != list(BatchPlan(lengths, batch_size=4, steps=5, seed=8))
     for batch in plan:
         assert [lengths[place.row] for place in batch] == sorted(lengths[place.row] for place in batch)
-    halves = [BatchPlan(lengths, batch_size=4, batches=5, seed=7, rank=rank, world=2) for rank in range(2)]
+    halves = [BatchPlan(lengths, batch_size=4, steps=5, seed=7, rank=rank, world=2) for rank in range(2)]
     for whole, *parts in zip(plan, *halves, strict=True):
         assert sorted(whole) == sorted(parts[0] + parts[1]) and len(parts[0]) == len(parts[1]) == 2
-    repeated = list(BatchPlan(lengths, batch_size=4, batches=2, seed=7, segments=3))
+    repeated = list(BatchPlan(lengths, batch_size=4, steps=6, seed=7, segments=3))
     assert [next(place.segment for place in batch) for batch in repeated] == [0, 1, 2, 0, 1, 2]
     assert len({tuple(place.row for place in batch) for batch in repeated}) == 2
 
@@ -158,6 +159,48 @@ def test_halted_rows_are_done_with_one_update_a_segment(settings: Load, monkeypa
     monkeypatch.setattr(HRMGemmaForCausalLM, "forward", watched)
     run(settings("hrm.act=true", "hrm.max_segments=3", "train.update_every=segment"))
     assert labelled == [4, 3, 3, 4, 3, 3]
+
+
+def test_a_step_with_nothing_left_to_learn_moves_nothing(settings: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward, calls = HRMGemmaForCausalLM.forward, [0]
+
+    def all_halt(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = forward(self, *args, **kwargs)
+        if self.training:
+            calls[0] += 1
+            output.carry.halted.fill_(True)
+        return output
+
+    monkeypatch.setattr(HRMGemmaForCausalLM, "forward", all_halt)
+    arguments = settings("hrm.act=true", "hrm.max_segments=3", "train.update_every=segment")
+    one, three = run([*arguments, "train.steps=1"]), run([*arguments, "train.steps=3", "train.warmup=0"])
+    assert calls[0] == 2  # one pass of each run: the other two steps have nothing to do
+    del one
+    assert [line["grad_norm"] > 0 for line in steps(three)] == [True, False, False]
+
+
+def test_segments_are_told_by_their_number_with_one_update_a_segment(settings: Load) -> None:
+    lines = steps(run(settings("hrm.segments=3", "train.update_every=segment")))
+    assert [line["segments"] for line in lines] == [1, 2, 3, 1, 2, 3]
+    for line in lines:
+        (key,) = [key for key in line if key.startswith("segment_loss_")]
+        assert key == f"segment_loss_{line['segments']:.0f}" and line[key] == pytest.approx(line["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("q_target", ["bootstrap", "replay", "none"])
+def test_a_batch_in_parts_learns_as_much(settings: Load, q_target: str) -> None:
+    arguments = settings("hrm.act=true", "hrm.max_segments=2", f"hrm.q_target={q_target}", "train.steps=1")
+    norms = [steps(run([*arguments, f"train.micro_batch={size}"]))[0] for size in (4, 1)]
+    assert norms[1]["loss"] == pytest.approx(norms[0]["loss"], rel=0.02 if q_target == "replay" else 1e-4)
+    assert norms[1]["grad_norm"] == pytest.approx(norms[0]["grad_norm"], rel=0.02 if q_target == "replay" else 1e-3)
+
+
+def test_lines_further_apart_than_the_steps_still_end_with_one(settings: Load) -> None:
+    assert [line["step"] for line in steps(run(settings("train.log_every=50")))] == [6]
+
+
+def test_integrations_are_a_list() -> None:
+    assert list(load_settings(TrainingSettings, ["train.report_to=[tensorboard]"]).train.report_to) == ["tensorboard"]
 
 
 # ---------------------------------------------------------------------------------------------------- memory
@@ -278,6 +321,35 @@ def test_what_cannot_be_gone_on_with(settings: Load, tmp_path: Path) -> None:
         run([f"run.resume={folder}"])
 
 
+def test_other_data_or_another_backbone_are_refused(settings: Load, tmp_path: Path, backbone: Path) -> None:
+    copied = shutil.copytree(backbone, tmp_path / "backbone")
+    folder = run(settings("train.steps=1", f"hrm.backbone={copied}"))
+    config = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(config.replace("\n  steps: 1\n", "\n  steps: 3\n"))
+    rows = (tmp_path / "rows.jsonl").read_text()
+    (tmp_path / "rows.jsonl").write_text(rows.replace("yes", "yea", 1))
+    with pytest.raises(UsageError, match=r"training data are not what the run .* was started with"):
+        resume(folder)
+    (tmp_path / "rows.jsonl").write_text(rows)
+    weights = load_file(copied / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in weights.items()}, copied / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UsageError, match=r"backbone is not what the run"):
+        resume(folder)
+
+
+def test_a_folder_is_trained_into_by_one_process(settings: Load) -> None:
+    folder = run(settings("train.steps=1"))
+    with locked(folder), pytest.raises(UsageError, match="is being trained into by another process"):
+        resume(folder)
+    resume(folder)
+
+
+def test_a_finished_run_of_part_of_a_batch_is_left_alone(settings: Load) -> None:
+    folder = run(settings("hrm.segments=2", "train.update_every=segment", "train.steps=5"))
+    resume(folder)
+    assert len(steps(folder)) == 5
+
+
 def test_nothing_in_a_checkpoint_is_pickled(settings: Load) -> None:
     (newest,) = checkpoints(run(settings("train.steps=1")))
     kinds = {path.suffix for path in newest.iterdir()}
@@ -291,6 +363,14 @@ def test_nothing_in_a_checkpoint_is_pickled(settings: Load) -> None:
         ("train.update_every=epoch", "it should be batch or segment"),
         ("train.segment_growth=fast", "it should be none or steps or plateau"),
         ("train.depth=[[2,1,1]]", "train.depth"),
+        ("train.depth=[1]", "train.depth"),
+        ("train.depth=[[a,1,2]]", "train.depth"),
+        ("train.depth=[[0.5,true,2]]", "train.depth"),
+        ("train.depth=5", "a list"),
+        ("train.epochs=.inf", "train.epochs"),
+        ("train.core_lr=.inf", "train.core_lr"),
+        ("train.seed=-1", "train.seed"),
+        ("train.prometheus_port=99999", "train.prometheus_port is 99999"),
         ("train.optimizer=sgd", "adamw or adamw_8bit"),
         ("train.micro_batch=0", "at least 1, or null"),
         ("data.bad_rows=keep", "error or skip"),
@@ -306,7 +386,9 @@ def test_settings_that_make_no_sense(settings: Load, override: str, message: str
         run(settings(override))
 
 
-@pytest.mark.parametrize("other", ["train.pack=true", "train.segment_growth=steps"])
+@pytest.mark.parametrize(
+    "other", ["train.pack=true", "train.segment_growth=steps", "hrm.q_target=replay", "hrm.stop_residual=0.1"]
+)
 def test_what_does_not_go_with_one_update_a_segment(settings: Load, other: str) -> None:
     with pytest.raises(UsageError, match=r'with train\.update_every="segment"'):
         run(settings("train.update_every=segment", other))
