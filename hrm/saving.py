@@ -98,7 +98,7 @@ def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     place = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder.parent))
     try:
         fill(place)
-        write_json(place / MANIFEST, {path.name: _digest(path) for path in sorted(place.iterdir())})
+        write_json(place / MANIFEST, {path.name: sha256_of(path) for path in sorted(place.iterdir())})
         for path in (*place.iterdir(), place):
             _to_disk(path)
         place.chmod(0o755)
@@ -119,7 +119,7 @@ def check_manifest(folder: Path) -> None:
         path = folder / name
         if not path.is_file():
             raise UsageError(f"{path} is no file")
-        if _digest(path) != digest:
+        if sha256_of(path) != digest:
             raise UsageError(f"{path} cannot be read: it is not what was written, cut short or changed")
 
 
@@ -153,7 +153,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _digest(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
     sha256 = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(2**24):
