@@ -2,8 +2,8 @@
 
     model.safetensors      what trains, and the core's buffers; the rest is the backbone's own
     optimizer.safetensors  its tensors by parameter; numbers are in optimizer.json
-    trainer_state.json     the Trainer's own: step, epoch, what was logged
-    progress.json          schedule, curriculum, counters, how many processes wrote this
+    trainer_state.json     the Trainer's own: step, epoch; what was logged is the run's metrics.jsonl
+    progress.json          schedule, curriculum, counters, digests of data and backbone, number of processes
     rank-<r>.safetensors   of each process: replay buffer and generators; numbers of these in rank-<r>.json
     manifest.json          SHA-256 of each file
 
