@@ -124,8 +124,14 @@ def check_manifest(folder: Path) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A safetensors file of `tensors`, which may be on any device."""
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    """A safetensors file of `tensors`, which may be on any device; those that share memory are written once each."""
+    on_cpu, seen = {}, set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        where = tensor.untyped_storage().data_ptr()
+        on_cpu[name] = tensor.clone() if where in seen else tensor  # bitsandbytes has one table for all parameters
+        seen.add(where)
+    save_file(on_cpu, path)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

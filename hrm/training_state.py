@@ -100,7 +100,9 @@ def load_optimizer(trainer: HRMTrainer, folder: Path) -> None:
         group |= rates
         for parameter in group["params"]:
             state = found.get(names[id(parameter)], {})
-            optimizer.state[parameter] = {key: _like(value, parameter, group) for key, value in state.items()}
+            optimizer.state[parameter] = {
+                key: _like(value, parameter, group, optimizer) for key, value in state.items()
+            }
     progress = read_json(folder / PROGRESS)
     trainer.create_scheduler(trainer.args.max_steps).load_state_dict(progress["schedule"])
     trainer.load_progress(progress)
@@ -170,11 +172,13 @@ def _optimizer_state(trainer: HRMTrainer) -> tuple[dict[str, Tensor], dict[str, 
     return tensors, {"state": numbers, "rates": rates}
 
 
-def _like(value: Any, parameter: Tensor, group: dict[str, Any]) -> Any:
+def _like(value: Any, parameter: Tensor, group: dict[str, Any], optimizer: Any) -> Any:
     """A state's value where its parameter is, and cut as it is."""
     if not isinstance(value, Tensor):
         return value
     if value.shape == parameter.shape:
+        if getattr(optimizer, "is_paged", False):  # bitsandbytes' own memory, which leaves the GPU when it is full
+            return optimizer.get_state_buffer(parameter, dtype=value.dtype).copy_(value)
         return _cut_like(value, parameter)
     counter = value.dim() == 0 and not (group.get("fused") or group.get("capturable"))  # torch keeps it on the CPU
     return value if counter else value.to(parameter.device)

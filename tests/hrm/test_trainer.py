@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import random
@@ -33,6 +34,9 @@ from hrm.trainer import lr_factor, make_optimizer
 
 Load = Callable[..., list[str]]
 QUIET = Console(quiet=True)
+needs_bitsandbytes = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="needs the package bitsandbytes, which is not installed"
+)
 ACT = ["hrm.act=true", "hrm.max_segments=3", "hrm.exploration=0.5"]
 
 
@@ -78,7 +82,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], tolerance: float = 0.0) -> None:
     assert one.keys() == other.keys()
     for name, tensor in one.items():
-        assert (tensor - other[name]).norm() <= tolerance * tensor.norm(), name
+        assert (tensor.double() - other[name]).norm() <= tolerance * tensor.double().norm(), name
 
 
 # ---------------------------------------------------------------------------------------------------- what a step is
@@ -255,12 +259,15 @@ class Killed(Exception):
         [*ACT, "train.update_every=segment", "train.micro_batch=2"],
         ["hrm.segments=3", "train.segment_growth=plateau", "train.plateau_window=1", "train.plateau_tolerance=0.9"],
         ["hrm.h_cycles=2", "train.depth=[[0.5,1,1]]"],
+        pytest.param(["hrm.d_l=128", "hrm.d_h=128", "train.optimizer=adamw_8bit"], marks=needs_bitsandbytes),
     ],
-    ids=["dropout", "act-packed", "replay", "segment", "plateau", "depth"],
+    ids=["dropout", "act-packed", "replay", "segment", "plateau", "depth", "8-bit"],
 )
 def test_a_resumed_run_goes_on_bit_for_bit(
     settings: Load, tmp_path: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if torch.cuda.is_available():
+        overrides = [*overrides, "train.deterministic=true"]
     straight = run(settings(*overrides))
     with monkeypatch.context() as patched:
         forward, calls = HRMGemmaForCausalLM.forward, [0]
