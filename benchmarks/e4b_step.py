@@ -4,8 +4,8 @@
     python benchmarks/e4b_step.py run FOLDER [section.key=value ...] [--ways fused eager]
 
 `run` lets this process have `--gpu-gb` of the GPU's memory, loads the backbone in 4 bits with adapters and a core of
-2048/4096 through what `hrm train` loads with, and takes `--steps` steps of 4 x 2048 random tokens with `HRMTrainer`, one
-row at a time. One line of JSON for each way: the plan's peak, the most that was allocated and reserved, loading
+2048/4096 as `hrm train` does, and takes `--steps` steps of 4 x 2048 random tokens with `HRMTrainer`, one row at a
+time. One line of JSON for each way: the plan's peak, the most that was allocated and reserved, loading
 included, median tokens a second after the first two steps, the last loss. Further keys are those of `hrm train`.
 """
 
@@ -71,9 +71,8 @@ def run(options: argparse.Namespace) -> None:
     model = load_model(str(options.folder), settings).train()
     loaded = {"loading_s": time.perf_counter() - started} | _memory(cuda, "loading_")
     draw = torch.Generator().manual_seed(0)
-    rows = [Encoded(ids[:1], ids[1:]) for ids in
-            torch.randint(vocabulary, (4 * settings.train.batch_size, settings.data.max_length), generator=draw).tolist()
-            ]  # fmt: skip
+    shape = (4 * settings.train.batch_size, settings.data.max_length)
+    rows = [Encoded(ids[:1], ids[1:]) for ids in torch.randint(vocabulary, shape, generator=draw).tolist()]
     about = {"device": torch.cuda.get_device_name() if cuda else "cpu", "torch": torch.__version__}
     for way in options.ways:
         model.hrm.fused = way == "fused" and cuda
