@@ -264,7 +264,8 @@ def _run(verb: Verb, settings: Any) -> int:
         print(f"hrm: {error}", file=sys.stderr)
         return 1
     except Interrupted as error:
-        print(f"hrm: {error}", file=sys.stderr)
+        if int(os.environ.get("RANK", 0)) == 0:  # processes stop together
+            print(f"hrm: {error}", file=sys.stderr)
         return 130
     except OSError as error:  # a full disk, a closed pipe
         print(f"hrm: {error}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What every training run needs around its loop: a folder, a way to stop it, a progress bar, and the memory in use."""
+"""What every training run needs around its loop: processes, a folder, a way to stop, a progress bar, memory in use."""
 
 from __future__ import annotations
 
@@ -7,19 +7,23 @@ import itertools
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from hrm.settings import UsageError
+
+T = TypeVar("T")
 
 
 class TrainingError(RuntimeError):
@@ -28,6 +32,37 @@ class TrainingError(RuntimeError):
 
 class Interrupted(Exception):
     """The user stopped the training; the message says where its checkpoint is."""
+
+
+@contextmanager
+def joined_processes() -> Iterator[PartialState]:
+    """The processes of this training, joined where a launcher started several, until the `with` block ends.
+
+    Errors that end all of them alike part them too; after any other, parting could wait for processes that go on.
+    """
+    processes = PartialState(cpu=not torch.cuda.is_available())
+    try:
+        yield processes
+    except (UsageError, TrainingError, Interrupted):
+        processes.destroy_process_group()
+        raise
+    processes.destroy_process_group()
+
+
+def on_first(processes: PartialState, make: Callable[[], T]) -> T:
+    """What `make` returns on the first process, on all of them; its UsageError or OSError likewise."""
+    if processes.num_processes == 1:
+        return make()
+    told: list[Any] = [None, None]
+    if processes.is_main_process:
+        try:
+            told[0] = make()
+        except (UsageError, OSError) as error:
+            told[1] = error
+    broadcast_object_list(told)
+    if told[1] is not None:
+        raise told[1]
+    return told[0]
 
 
 def new_run_folder(settings: Any, name: str) -> Path:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from rich.logging import RichHandler
 from safetensors import SafetensorError
@@ -26,7 +25,7 @@ from hrm.modeling import HRMGemmaForCausalLM
 from hrm.monitor import JsonlCallback, ProgressCallback, PrometheusCallback
 from hrm.profile.advice import available_memory, check_fits
 from hrm.profile.command import plan_training
-from hrm.running import Interrupted, StopOnInterrupt, TrainingError, locked, new_run_folder
+from hrm.running import Interrupted, StopOnInterrupt, TrainingError, locked, new_run_folder, on_first
 from hrm.runs import METRICS, append_line
 from hrm.saving import checkpoints
 from hrm.settings import (
@@ -58,7 +57,7 @@ def fine_tune(settings: Any, console: Console) -> Path:
     check_training(settings, processes.num_processes)
     job = Job.load(settings, console)
     job.warn_of_memory(processes.num_processes, console)
-    folder = _on_first(processes, lambda: _folder(settings))
+    folder = on_first(processes, lambda: _folder(settings))
     report.print_start(console, job.model, job.backbone, len(job.rows), len(job.problems.held_out), folder)
     run = Run(folder, job, console, main=processes.is_main_process)
     with locked(folder) if processes.is_main_process else nullcontext():
@@ -183,20 +182,6 @@ def load_model(backbone: str, settings: Any) -> HRMGemmaForCausalLM:
 
 def _folder(settings: Any) -> Path:
     return new_run_folder(settings, settings.run.name) if settings.run.resume is None else Path(settings.run.resume)
-
-
-def _on_first(processes: PartialState, make: Callable[[], Path]) -> Path:
-    """What `make` returns on the first process, on all of them; its UsageError likewise."""
-    told: list[Any] = [None, None]
-    if processes.is_main_process:
-        try:
-            told[0] = make()
-        except UsageError as error:
-            told[1] = str(error)
-    broadcast_object_list(told)
-    if told[1] is not None:
-        raise UsageError(told[1])
-    return told[0]
 
 
 class Run:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -284,38 +284,46 @@ class BatchStream:
         seed: of order and augmentation.
         augment: whether rows are changed as the published training runs do.
         easier: share of the Sudokus that augmentation makes easier (`SudokuAugmenter`).
+        rank: the process that this is, of `world`; each makes only its own rows, which are the whole batch's.
+        world: processes.
 
     Raises:
-        ValueError: no puzzles, a batch size below 1, or puzzle ids of one group with unequal numbers of rows.
+        ValueError: no puzzles, a batch size below 1 or that `world` does not divide, or puzzle ids of one group with
+            unequal numbers of rows.
     """
 
     def __init__(
-        self, puzzles: PuzzleSet, batch_size: int, seed: int, augment: bool = True, easier: float = 0.0
-    ) -> None:
+        self, puzzles: PuzzleSet, batch_size: int, seed: int, augment: bool = True, easier: float = 0.0,
+        rank: int = 0, world: int = 1,
+    ) -> None:  # fmt: skip
         if not len(puzzles):
             raise ValueError("puzzles is empty; it should have at least one")
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it should be at least 1")
         self.puzzles, self.batch_size, self.seed = puzzles, batch_size, seed
+        self._own = share_of(batch_size, rank, world)
         self._augmenter = augmenter_of(puzzles, easier) if augment else None
         self._groups = _index(puzzles)
         self.rows_per_pass = int(self._groups.size.sum())
         self._order = lru_cache(maxsize=2)(self._order_of)
 
     def batch(self, step: int) -> dict[str, NDArray[np.int32]]:
-        """The rows of optimizer step `step`, from 0.
+        """The rows of optimizer step `step`, from 0: this process's, B = batch_size / world.
 
         Returns:
             inputs (B, S) int32, labels (B, S) int32 with -100 where ignored, puzzle_identifiers (B,) int32.
         """
-        rows = self.rows(step)
+        rows = self.rows(step)[self._own]
         inputs, labels = self.puzzles.inputs[rows], self.puzzles.labels[rows]
         if self._augmenter is not None:
-            inputs, labels = self._augmenter.augment(inputs, labels, np.random.default_rng([self.seed, 1, step]))
+            rng = np.random.default_rng([self.seed, 1, step])
+            if len(rows) < self.batch_size:
+                rng = _OwnDraws(rng.bit_generator, self.batch_size, self._own)
+            inputs, labels = self._augmenter.augment(inputs, labels, rng)
         return as_batch(inputs, labels, self.puzzles.puzzle_ids[rows])
 
     def rows(self, step: int) -> NDArray[np.int64]:
-        """The rows of the set (B,) that step `step` shows."""
+        """The rows of the set (batch_size,) that step `step` shows, on all processes together."""
         first = step * self.batch_size
         passes, place = np.divmod(np.arange(first, first + self.batch_size), self.rows_per_pass)
         return np.concatenate([self._order(int(n))[place[passes == n]] for n in np.unique(passes)])
@@ -333,6 +341,34 @@ class BatchStream:
         shuffled = np.lexsort((rng.random(len(visit)), visit))  # within each visit
         within = shuffled - np.repeat(np.cumsum(size) - size, size)
         return groups.rows[puzzle[visit] + within]
+
+
+def share_of(rows: int, rank: int, world: int) -> slice:
+    """Which of `rows` rows process `rank` of `world` takes; a ValueError where they cannot be dealt out equally."""
+    if rows % world:
+        raise ValueError(f"there are {rows} rows; they should be a multiple of the {world} processes")
+    own = rows // world
+    return slice(rank * own, (rank + 1) * own)
+
+
+class _OwnDraws(np.random.Generator):
+    """Draws for every row of a batch and returns those of a process's own rows, along the first axis.
+
+    Drawing is the cheap part of an augmentation; what is made of the draws is made for the own rows only.
+    """
+
+    def __init__(self, bits: np.random.BitGenerator, rows: int, own: slice) -> None:
+        super().__init__(bits)
+        self._rows, self._own = rows, own
+
+    def random(self, size: Any = None, *args: Any, **kwargs: Any) -> Any:
+        return super().random(self._of_all(size), *args, **kwargs)[self._own]
+
+    def integers(self, low: Any, high: Any = None, size: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
+        return super().integers(low, high, size=self._of_all(size), **kwargs)[self._own]
+
+    def _of_all(self, size: Any) -> tuple[int, ...]:
+        return (self._rows, *(size[1:] if isinstance(size, tuple) else ()))
 
 
 class _Groups(NamedTuple):

@@ -10,13 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hrm.puzzle.loss import puzzle_loss
-from hrm.puzzle.model import FIELDS, PuzzleCarry, PuzzleModel
+from hrm.puzzle.data import share_of
+from hrm.puzzle.loss import PuzzleLoss, puzzle_loss
+from hrm.puzzle.model import FIELDS, PuzzleCarry, PuzzleModel, PuzzleOutput
+from hrm.puzzle.shared import SharedStep, gathered
 from hrm.schedule import least_segments
 
 METRICS = ("loss", "cells", "halt", "go_on", "rows", "exact", "accuracy", "segments", "halt_accuracy", "norm",
            "residual_l", "residual_h", "worst_loss", "worst_norm", "bad_step")  # fmt: skip
-_WORST = METRICS.index("worst_loss")
+_NORM, _WORST = METRICS.index("norm"), METRICS.index("worst_loss")
 NO_STEP = float(2**24 - 1)  # exact in float32
 BETAS = (0.9, 0.95)
 OPTIMIZERS = ("adamw", "muon")
@@ -29,6 +31,10 @@ class Engine:
     resumed from a checkpoint goes on bit for bit. On a GPU the first step of each depth runs as it is and the second
     is captured as a CUDA graph, which the others replay.
 
+    Several processes hold the same weights and each a share of the batch's rows and of the carry. What a step finds is
+    summed over them by one all-reduce (`SharedStep`), so that weights and metrics are everywhere those of the whole
+    batch, and those of one process to rounding.
+
     Args:
         model: on its device, in training mode.
         optimizer: "adamw" (PyTorch's fused) or "muon" (matrices of the blocks by torch.optim.Muon, the rest by AdamW).
@@ -40,17 +46,21 @@ class Engine:
             puzzles in all segments and replaces a few of them. False, as published: all rows start together, so that
             for max_segments steps on end the model is fitted to the same puzzles.
         graph: capture CUDA graphs; False where a debugger has to see each kernel.
+        rank: the process that this is, of `world`.
+        world: processes, of an initialized `torch.distributed` where there are several.
     """
 
     def __init__(
         self, model: PuzzleModel, *, optimizer: str = "adamw", weight_decay: float = 1.0, clip: float = 0.0,
         ema: float = 0.999, embedding_weight_decay: float = 1.0, seed: int = 0, stagger: bool = True,
-        graph: bool = True,
+        graph: bool = True, rank: int = 0, world: int = 1,
     ) -> None:  # fmt: skip
         if optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer is {optimizer!r}; it should be one of {', '.join(map(repr, OPTIMIZERS))}")
         self.model, self.clip, self.seed, self.ema_decay = model, clip, seed, ema
         self.embedding_weight_decay, self.stagger = embedding_weight_decay, stagger
+        self.rank, self.world = rank, world
+        self._shared: SharedStep | None = None
         self.parameters: list[Tensor] = list(model.parameters())
         self.optimizers = _optimizers(model, optimizer, weight_decay)
         self.averaged = [p.detach().clone() for p in self.parameters] if ema else []
@@ -68,7 +78,8 @@ class Engine:
     # ------------------------------------------------------------------------------------------------ one step
 
     def step(self, number: int, batch: Mapping[str, np.ndarray], lr: float, embedding_lr: float) -> None:
-        """Optimizer step `number` (from 0) on `batch` (of `BatchStream.batch`); nothing waits for the device."""
+        """Optimizer step `number` (from 0) on `batch` (of `BatchStream.batch`, this process's rows); nothing waits for
+        the device."""
         self._load(number, batch)
         self._embedding_lr.fill_(embedding_lr)
         self._step.fill_(number)
@@ -84,7 +95,9 @@ class Engine:
     def _load(self, number: int, batch: Mapping[str, np.ndarray]) -> None:
         """Copies the batch, and how long each row has to explore, into the tensors that the step reads."""
         config, device = self.model.config, self.model.device
-        draw, choice = np.random.default_rng([self.seed, 2, number]).random((2, len(batch["inputs"])), np.float32)
+        rows = len(batch["inputs"])
+        drawn = np.random.default_rng([self.seed, 2, number]).random((2, rows * self.world), np.float32)
+        draw, choice = drawn[:, self._own(rows)]
         far = least_segments(torch.from_numpy(draw), torch.from_numpy(choice), config.max_segments, config.exploration)
         tensors = {name: torch.from_numpy(batch[name]) for name in FIELDS} | {"least": far}
         for name, tensor in tensors.items():
@@ -95,13 +108,20 @@ class Engine:
             self._batch[name].copy_(tensor, non_blocking=True)
         if self.carry is None:
             self.carry = self._first_carry()
+        if self.world > 1 and self._shared is None:
+            self._shared = SharedStep(self.model, _WORST - 1, rows, self.rank, self.world)  # all sums but the norm
+
+    def _own(self, rows: int) -> slice:
+        """Where in the whole batch the `rows` rows of this process are."""
+        return share_of(rows * self.world, self.rank, self.world)
 
     def _first_carry(self) -> PuzzleCarry:
         carry = self.model.initial_carry(self._batch)
         if self.stagger:
             most = self.model.config.max_segments
-            ages = np.random.default_rng([self.seed, 3]).integers(0, most, carry.state.steps.shape[0])
-            carry.state.steps.copy_(torch.from_numpy(ages))
+            rows = carry.state.steps.shape[0]
+            ages = np.random.default_rng([self.seed, 3]).integers(0, most, rows * self.world)
+            carry.state.steps.copy_(torch.from_numpy(ages[self._own(rows)]))
         return carry
 
     def _gradients(self) -> None:
@@ -131,38 +151,55 @@ class Engine:
         self._graph = torch.cuda.CUDAGraph()
         for parameter in self.parameters:
             parameter.grad = None  # so that the graph's own memory holds the gradients
-        with torch.cuda.graph(self._graph, stream=self._stream):
+        # NCCL's watchdog thread looks at events meanwhile, which "global" takes for a fault of the capture
+        mode = "global" if self.world == 1 else "thread_local"
+        with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode=mode):
             self._compute()
+
+    def close(self) -> None:
+        """Lets go of the CUDA graph: processes that part wait for ever while one holds NCCL's work."""
+        self._graph = self._graph_of = None
 
     def _compute(self) -> None:
         """Forward and backward pass, gradients clipped, carry and metrics put where the next step looks for them."""
         assert self.carry is not None
-        model, rows = self.model, self._batch["inputs"].shape[0]
+        model, rows = self.model, self._batch["inputs"].shape[0] * self.world
         for parameter in self.parameters:
             parameter.grad = None
         carry, output = model(self.carry, self._batch, least=self._batch["least"])
         loss = puzzle_loss(output, carry.data["labels"], model.config)
         (loss.loss / rows).backward()
         with torch.no_grad():
+            sums = self._sums(loss, output, rows)
+            if self._shared is not None:
+                sums = self._shared.sum(sums)
             if self.clip:
                 norm = nn.utils.clip_grad_norm_(self.parameters, self.clip)
             else:
                 norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
             if model.puzzle_embedding is not None:
-                model.puzzle_embedding.step(self._embedding_lr, self.embedding_weight_decay)
+                whole = None if self._shared is None else self._shared.embedding()
+                model.puzzle_embedding.step(self._embedding_lr, self.embedding_weight_decay, whole)
             for old, new in zip(_tensors(self.carry), _tensors(carry), strict=True):
                 old.copy_(new)
-            done, q_right = output.halted, (output.q_halt > 0) == loss.correct
-            total = loss.loss.detach() / rows
-            bad = ~(torch.isfinite(total) & torch.isfinite(norm))
-            sums = [total, loss.cells / rows, loss.halt / rows, loss.go_on / rows, done.sum(),
-                    (done & loss.correct).sum(), (loss.share * done).sum(), (output.steps * done).sum(),
-                    (done & q_right).sum(), norm, *output.residuals.mean(0)]  # fmt: skip
-            self.metrics[:_WORST] += torch.stack([value.float() for value in sums])
-            worst = torch.stack((total, norm.float()))
-            torch.maximum(self.metrics[_WORST : _WORST + 2], worst, out=self.metrics[_WORST : _WORST + 2])
-            first = torch.where(bad, self._step, NO_STEP)
-            torch.minimum(self.metrics[-1:], first[None], out=self.metrics[-1:])
+            self._measure(sums, norm)
+
+    def _sums(self, loss: PuzzleLoss, output: PuzzleOutput, rows: int) -> list[Tensor]:
+        """This process's part of the metrics up to the worst ones, without the norm; `rows` is the whole batch's."""
+        done, q_right = output.halted, (output.q_halt > 0) == loss.correct
+        return [loss.loss.detach() / rows, loss.cells / rows, loss.halt / rows, loss.go_on / rows, done.sum(),
+                (done & loss.correct).sum(), (loss.share * done).sum(), (output.steps * done).sum(),
+                (done & q_right).sum(), *(output.residuals.mean(0) / self.world)]  # fmt: skip
+
+    def _measure(self, sums: list[Tensor], norm: Tensor) -> None:
+        total = sums[0]
+        bad = ~(torch.isfinite(total) & torch.isfinite(norm))
+        every = [*sums[:_NORM], norm, *sums[_NORM:]]
+        self.metrics[:_WORST] += torch.stack([value.float() for value in every])
+        worst = torch.stack((total, norm.float()))
+        torch.maximum(self.metrics[_WORST : _WORST + 2], worst, out=self.metrics[_WORST : _WORST + 2])
+        first = torch.where(bad, self._step, NO_STEP)
+        torch.minimum(self.metrics[-1:], first[None], out=self.metrics[-1:])
 
     # ------------------------------------------------------------------------------------------------ metrics
 
@@ -199,7 +236,10 @@ class Engine:
                 torch._foreach_copy_(self.parameters, trained)
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that the next step depends on, as named tensors (none is copied)."""
+        """Everything that the next step depends on, as named tensors (none is copied where there is one process).
+
+        The carry is the whole batch's: all processes have to call this together, and any number can go on from it.
+        """
         state = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         names = [name for name, _ in self.model.named_parameters()]
         state |= {f"averaged.{name}": tensor for name, tensor in zip(names, self.averaged, strict=False)}
@@ -208,15 +248,16 @@ class Engine:
             for parameter, values in optimizer.state.items():
                 state |= {f"optimizer.{by_parameter[id(parameter)]}.{key}": v for key, v in values.items()}
         if self.carry is not None:
-            state |= {f"carry.{name}": tensor for name, tensor in _named(self.carry).items()}
+            carry = _named(self.carry) if self.world == 1 else gathered(_named(self.carry), self.world)
+            state |= {f"carry.{name}": tensor for name, tensor in carry.items()}
         return state
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Puts back what `state` gave.
+        """Puts back what `state` gave, of the carry this process's rows.
 
         Raises:
-            ValueError: a tensor is missing; the message names it.
+            ValueError: a tensor is missing; the message names it. Or the rows cannot be dealt out to the processes.
         """
         device = self.model.device
         self.model.load_state_dict({k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")})
@@ -229,10 +270,11 @@ class Engine:
                 prefix = f"optimizer.{name}."
                 found = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
                 optimizer.state[parameter] = {k: v.to(device, copy=True) for k, v in found.items()}
-        data = {name: _of(state, f"carry.{name}").to(device) for name in FIELDS}
+        own = share_of(len(_of(state, "carry.inputs")), self.rank, self.world)
+        data = {name: _of(state, f"carry.{name}")[own].to(device) for name in FIELDS}
         self.carry = self.model.initial_carry(data)
         for name, tensor in _named(self.carry).items():
-            tensor.copy_(_of(state, f"carry.{name}"))
+            tensor.copy_(_of(state, f"carry.{name}")[own])
 
 
 def _optimizers(model: PuzzleModel, kind: str, weight_decay: float) -> list[torch.optim.Optimizer]:

@@ -129,6 +129,8 @@ def evaluate(
     segments: int | None = None,
     halting: bool = False,
     limit: int | None = None,
+    rank: int = 0,
+    world: int = 1,
 ) -> Evaluation:
     """Solves the puzzles and counts the right answers.
 
@@ -138,6 +140,8 @@ def evaluate(
         segments: run by every puzzle; None: the model's `max_segments`.
         halting: take each puzzle's answer where its Q head halts, and spare the segments after it.
         limit: only the first so many puzzles.
+        rank: the process that this is, of `world`; each solves its share, and all are told how the whole was done.
+        world: processes.
 
     Raises:
         UsageError: no puzzles, puzzles without answers or that the model cannot take, or a number below 1.
@@ -147,7 +151,7 @@ def evaluate(
     with thinking(model, segments, halting) as thinker:
         exact = torch.zeros(thinker.segments, dtype=torch.int64, device=model.device)
         tally = torch.zeros(3, dtype=torch.int64, device=model.device)  # cells right, segments, q_halt right
-        for indices, counted in _batches(len(rows.inputs), batch_size, model.device):
+        for indices, counted in _batches(len(rows.inputs), batch_size, model.device, rank, world):
             batch = rows.batch(indices)
             for segment, thought in enumerate(thinker.think(batch)):
                 right, solved = _compared(thought.answers, batch["labels"][thought.rows])
@@ -157,6 +161,9 @@ def evaluate(
                 exact[segment + 1 :] += (solved & ended).sum()
                 agrees = (thought.q_halt > 0) == solved
                 tally += torch.stack(((right * ended).sum(), (segment + 1) * ended.sum(), (agrees & ended).sum()))
+        if world > 1:
+            torch.distributed.all_reduce(exact)
+            torch.distributed.all_reduce(tally)
         count, cells = len(rows.inputs), int((rows.labels > 0).sum())
         by_segment, (rightcells, used, agreed) = [int(n) / count for n in exact.tolist()], tally.tolist()
     return Evaluation(
@@ -401,12 +408,16 @@ def _scored_rows(model: PuzzleModel, puzzles: PuzzleSet, limit: int | None) -> R
     return rows_of(model, puzzles)
 
 
-def _batches(count: int, batch_size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Equal batches of at most `batch_size`: rows (B,), and which of them (B,) count; the last one fills up."""
+def _batches(
+    count: int, batch_size: int, device: torch.device, rank: int = 0, world: int = 1
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Equal batches of at most `batch_size`, as many on each process: rows (B,), and which of them (B,) count; the last
+    ones fill up."""
     if batch_size < 1:
         raise UsageError(f"batch_size is {batch_size}; it should be at least 1")
-    batches = -(-count // batch_size)
+    batches = -(-count // (batch_size * world)) * world
     rows = torch.arange(batches * -(-count // batches), device=device).view(batches, -1)
+    rows = rows[rank::world]
     return zip(rows.clamp(max=count - 1), rows < count, strict=True)
 
 

@@ -109,16 +109,22 @@ class PuzzleEmbedding(nn.Module):
         return rows
 
     @torch.no_grad()
-    def step(self, lr: Tensor | float, weight_decay: float) -> None:
+    def step(self, lr: Tensor | float, weight_decay: float, whole: tuple[Tensor, Tensor] | None = None) -> None:
         """SignSGD with decoupled decay on the rows of the last forward pass; their gradients are used up.
 
         Shapes do not depend on how many identifiers differ, so that a CUDA graph can hold it.
+
+        Args:
+            lr: learning rate.
+            weight_decay: decay.
+            whole: identifiers (B,) int64 and gradients (B, size) of the rows of all processes; None: there is one.
         """
         if self.rows is None or self.seen is None or self.rows.grad is None:
             return
-        same = (self.seen[:, None] == self.seen[None, :]).to(self.rows.grad.dtype)
-        sign = torch.sign(same @ self.rows.grad)  # rows of one identifier get the same sum, so all write the same
-        self.weight[self.seen] = self.weight[self.seen] * (1 - lr * weight_decay) - lr * sign
+        seen, gradient = (self.seen, self.rows.grad) if whole is None else whole
+        same = (seen[:, None] == seen[None, :]).to(gradient.dtype)
+        sign = torch.sign(same @ gradient)  # rows of one identifier get the same sum, so all write the same
+        self.weight[seen] = self.weight[seen] * (1 - lr * weight_decay) - lr * sign
         self.rows = self.seen = None
 
 

@@ -173,6 +173,12 @@ def check_puzzle_training(settings: Any) -> None:
     require(settings, "train.depth", is_depth, "[[share, h_cycles, l_steps], ...] with rising shares below 1")
 
 
+def check_processes(settings: Any, processes: int) -> None:
+    """Raises a UsageError where a batch cannot be dealt out to so many processes."""
+    what = f"a multiple of the {processes} processes"
+    require(settings, "train.batch_size", lambda value: value % processes == 0, what)
+
+
 def model_config(settings: Any, **from_data: int) -> PuzzleConfig:
     """The published settings of `settings.model` with the `hrm` section's values and those of the data.
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from rich.console import Console
+from torch import Tensor
 
 from hrm.curriculum import set_depth, stages
 from hrm.puzzle.config import PuzzleConfig
@@ -20,8 +23,18 @@ from hrm.puzzle.engine import NO_STEP, Engine
 from hrm.puzzle.evaluate import Evaluation, check_fit, evaluate
 from hrm.puzzle.model import PuzzleModel
 from hrm.puzzle.saving import MODEL, load_checkpoint, save_checkpoint, save_model
-from hrm.puzzle.settings import model_config
-from hrm.running import Interrupted, StopOnInterrupt, TrainingError, new_run_folder, peak_memory, progress_bar
+from hrm.puzzle.settings import check_processes, model_config
+from hrm.puzzle.shared import alike
+from hrm.running import (
+    Interrupted,
+    StopOnInterrupt,
+    TrainingError,
+    joined_processes,
+    new_run_folder,
+    on_first,
+    peak_memory,
+    progress_bar,
+)
 from hrm.runs import METRICS, forget_after
 from hrm.saving import checkpoints
 from hrm.settings import UsageError
@@ -32,14 +45,22 @@ EXPLODED = 10.0  # times the loss of a uniform guess
 def train_puzzle(settings: Any, console: Console) -> Path:
     """Runs one training from `load_puzzle_settings`, or goes on with one; returns the run's folder.
 
+    Of several processes (`torchrun`) each takes its share of every batch; the first prints and writes.
+
     Raises:
         UsageError: data or settings that cannot be used.
         TrainingError: the loss is no longer finite or has exploded.
         Interrupted: Ctrl-C or SIGTERM; a checkpoint was written.
     """
-    training, test = load_data(settings)
-    run = PuzzleRun(settings, training, test, console)
-    run.train()
+    with joined_processes() as processes:
+        check_processes(settings, processes.num_processes)
+        training, test = load_data(settings)
+        shown = console if processes.is_main_process else Console(quiet=True)
+        run = PuzzleRun(settings, training, test, shown, processes)
+        try:
+            run.train()
+        finally:
+            run.engine.close()
     return run.folder
 
 
@@ -79,10 +100,13 @@ def _name(settings: Any) -> str:
 
 class PuzzleRun:
     """One training run and its folder: config.yaml, metrics.jsonl, evaluations.jsonl, checkpoints/, model/, at the
-    end curve.png."""
+    end curve.png. All processes have one; the first one's writes."""
 
-    def __init__(self, settings: Any, training: PuzzleSet, test: PuzzleSet | None, console: Console) -> None:
-        self.settings, self.test, self.console = settings, test, console
+    def __init__(
+        self, settings: Any, training: PuzzleSet, test: PuzzleSet | None, console: Console, processes: PartialState
+    ) -> None:
+        self.settings, self.test, self.console, self.processes = settings, test, console, processes
+        share = {"rank": processes.process_index, "world": processes.num_processes}
         self.about = {"task": training.task, "side": list(training.side), "vocab_size": training.vocab_size}
         sizes = {"vocab_size": training.vocab_size, "seq_len": training.side[0] * training.side[1],
                  "num_puzzle_ids": training.num_puzzle_ids}  # fmt: skip
@@ -97,13 +121,21 @@ class PuzzleRun:
         self.engine = Engine(
             model, optimizer=train.optimizer, weight_decay=train.weight_decay, clip=train.clip, ema=train.ema,
             embedding_weight_decay=train.embedding_weight_decay, seed=train.seed,
-            stagger=train.stagger,
+            stagger=train.stagger, **share,
         )  # fmt: skip
-        self.stream = BatchStream(training, train.batch_size, train.seed, settings.data.augment, settings.data.easier)
+        data = settings.data
+        self.stream = BatchStream(training, train.batch_size, train.seed, data.augment, data.easier, **share)
         self.stages = stages(train.depth, train.steps, config.h_cycles, config.l_steps)
         self.config = config
         self.step, self.logged, self.seconds = 0, 0, 0.0
-        self.folder = self._resume() if settings.run.resume else new_run_folder(settings, _name(settings))
+        if settings.run.resume:
+            self.folder = self._resume()
+        else:
+            self.folder = on_first(processes, lambda: new_run_folder(settings, _name(settings)))
+        if processes.num_processes > 1 and not alike(list(model.state_dict().values())):
+            raise TrainingError(
+                "the processes start from different weights; they should see the same settings and run folder"
+            )
         self._started = time.perf_counter() - self.seconds
         parameters = sum(p.numel() for p in model.parameters()) / 1e6
         console.print(
@@ -117,7 +149,9 @@ class PuzzleRun:
     def train(self) -> None:
         """Steps until the end, with evaluations and checkpoints on the way."""
         total = self.settings.train.steps
-        if self._due() and not self._evaluated():  # the run was cut short between a checkpoint and its evaluation
+        if self._due() and not on_first(
+            self.processes, self._evaluated
+        ):  # the run was cut short between a checkpoint and its evaluation
             set_depth(self.engine.model.config, self.config, self.stages, self.step - 1)
             self._evaluate(self.settings.eval.limit)
         with ThreadPoolExecutor(1) as ahead, StopOnInterrupt() as stop, progress_bar(self.console) as progress:
@@ -127,16 +161,30 @@ class PuzzleRun:
                 rows = batch.result()
                 batch = ahead.submit(self.stream.batch, self.step + 1)
                 self._take_step(rows)
-                if self.step % self.settings.train.log_every == 0 or self.step == total or stop.asked:
+                looked = self.step % self.settings.train.log_every == 0 or self.step == total
+                asked = self._asked(stop, looked)
+                if looked or asked:
                     progress.update(bar, completed=self.step, text=self._log())
-                if self.step % self.settings.train.save_every == 0 or self.step == total or stop.asked:
+                if self.step % self.settings.train.save_every == 0 or self.step == total or asked:
                     self._save()
-                if stop.asked:
+                if asked:
                     raise Interrupted(f"stopped after step {self.step} of {total}; go on with run.resume={self.folder}")
                 if self._due():
                     self._evaluate(self.settings.eval.limit)
         self._evaluate(None)
-        learning_curve(self.folder, self.folder / "curve.png")
+        if self.processes.is_main_process:
+            learning_curve(self.folder, self.folder / "curve.png")
+
+    def _asked(self, stop: StopOnInterrupt, looked: bool) -> bool:
+        """Whether to stop. Several processes, which signals do not reach at the same step, agree where they look at the
+        metrics and so wait for the device anyway."""
+        if self.processes.num_processes == 1:
+            return stop.asked
+        if not looked:
+            return False
+        told = torch.tensor(int(stop.asked), device=self.processes.device)
+        torch.distributed.all_reduce(told)
+        return bool(told)
 
     def _due(self) -> bool:
         every = self.settings.eval.every
@@ -189,7 +237,11 @@ class PuzzleRun:
         if self.logged < self.step:
             self._log()
         self.seconds = time.perf_counter() - self._started
-        save_checkpoint(self.folder, self.step, self.engine.state(), {"seconds": self.seconds})
+        state = self.engine.state()  # of all processes
+        on_first(self.processes, lambda: self._write(state))
+
+    def _write(self, state: Mapping[str, Tensor]) -> None:
+        save_checkpoint(self.folder, self.step, state, {"seconds": self.seconds})
         with self.engine.averaged_weights():
             save_model(self.engine.model, self.folder / MODEL, self.about)
 
@@ -197,7 +249,10 @@ class PuzzleRun:
         if self.test is None:
             return None
         with self.engine.averaged_weights():
-            found = evaluate(self.engine.model, self.test, batch_size=self.settings.eval.batch_size, limit=limit)
+            found = evaluate(
+                self.engine.model, self.test, batch_size=self.settings.eval.batch_size, limit=limit,
+                rank=self.processes.process_index, world=self.processes.num_processes,
+            )  # fmt: skip
         self.seconds = time.perf_counter() - self._started
         line = {"step": self.step, "seconds": round(self.seconds, 3), "exact": found.exact, "cells": found.cells,
                 "count": found.count, "by_segment": found.by_segment, "took": round(found.seconds, 3)}  # fmt: skip
@@ -209,6 +264,8 @@ class PuzzleRun:
         return found
 
     def _append(self, name: str, line: dict[str, Any]) -> None:
+        if not self.processes.is_main_process:
+            return
         with (self.folder / name).open("a") as file:
             file.write(json.dumps(line) + "\n")
 
@@ -233,6 +290,8 @@ class PuzzleRun:
 
     def _forget_after(self, folder: Path, step: int) -> None:
         """Drops lines of steps that the checkpoint does not know, and a line cut short by a kill; they come again."""
+        if not self.processes.is_main_process:
+            return
         forget_after(folder / METRICS, step)
         # the last evaluation is made again also where training was over
         forget_after(folder / "evaluations.jsonl", min(step, self.settings.train.steps - 1))
