@@ -27,6 +27,7 @@ from hrm.modeling import HRMGemmaForCausalLM, HRMOutput
 from hrm.running import TrainingError, peak_memory
 from hrm.saving import checkpoint_folder, checkpoints, remove_old_checkpoints, step_of
 from hrm.settings import UsageError
+from hrm.sharding import set_up_sharding
 from hrm.training_state import check_training, load_optimizer, load_rank, load_weights, save_training
 
 logger = logging.getLogger("hrm")
@@ -76,6 +77,8 @@ class HRMTrainer(Trainer):
         super().__init__(
             model=model, args=self._arguments(settings, steps), train_dataset=Rows(rows), callbacks=list(callbacks)
         )
+        if self.is_fsdp_enabled:
+            set_up_sharding(self.accelerator, model)
         self.remove_callback(PrinterCallback)
         self.micro_batch = min(self.micro_batch, settings.batch_size // self.args.world_size)
 
