@@ -101,6 +101,16 @@ def _without_embeddings(model: Any) -> Iterator[None]:
             delattr(model, name)
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that may be cut up; then every process takes part."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def here(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process has."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def whole_state(model: nn.Module, keep: bool) -> dict[str, Tensor]:
     """The model's state with whole tensors, on the CPU; every process takes part, and no more than one tensor is whole
     on its device at a time.
@@ -108,13 +118,12 @@ def whole_state(model: nn.Module, keep: bool) -> dict[str, Tensor]:
     Args:
         keep: whether this process wants it; one that does not gets an empty dictionary.
     """
-    whole: dict[str, Tensor] = {}
+    state: dict[str, Tensor] = {}
     seen: dict[int, Tensor] = {}  # tied weights stay one tensor, by which they are known when they are saved
     for name, value in model.state_dict(keep_vars=True).items():
         if id(value) not in seen:
-            tensor = value.detach()
-            tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            tensor = whole(value.detach())
             seen[id(value)] = tensor.cpu() if keep else torch.empty(0)
         if keep:
-            whole[name] = seen[id(value)]
-    return whole
+            state[name] = seen[id(value)]
+    return state

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
@@ -20,7 +21,9 @@ from transformers import AutoModelForCausalLM
 from hrm import HRMGemmaForCausalLM
 from hrm.loss import IGNORED
 from hrm.replay import ReplayBuffer
+from hrm.running import TrainingError
 from hrm.sharding import whole_state
+from hrm.trainer import HRMTrainer
 from hrm.training_state import load_optimizer, load_weights, save_training
 
 
@@ -67,6 +70,25 @@ def save_and_generate(model: Any, folder: Path, rank: int, world: int) -> None:
     save_file({"tokens": tokens}, folder / f"tokens-{rank}.safetensors")
 
 
+def all_hear_of_a_nan(model: Any, rank: int) -> None:
+    """A weight that is not finite in one process's part ends the training in all of them, before they save together."""
+
+    def over_processes(values: torch.Tensor) -> torch.Tensor:
+        dist.all_reduce(values)
+        return values
+
+    trainer: Any = SimpleNamespace(
+        core_model=model, state=SimpleNamespace(global_step=3), _sum_over_processes=over_processes,
+        _no_way_on=lambda: f"{trainer._why} at step {trainer._first_bad}",
+    )  # fmt: skip
+    HRMTrainer._check_weights(trainer)
+    if rank == 1:
+        with torch.no_grad():
+            model.hrm.w_l.to_local()[0, 0] = float("nan")
+    with pytest.raises(TrainingError, match=r"hrm\.w_l are not finite at step 3"):
+        HRMTrainer._check_weights(trainer)
+
+
 def main(folder: Path, kind: str) -> None:
     processes = PartialState(cpu=True)
     rank, world = processes.process_index, processes.num_processes
@@ -97,6 +119,7 @@ def main(folder: Path, kind: str) -> None:
             assert torch.equal(full(p.detach()), before[name]), name
     again = [full(state[key]) for state in optimizer.state.values() for key in sorted(state)]
     assert len(again) == len(moments) and all(map(torch.equal, again, moments))
+    all_hear_of_a_nan(model, rank)
     if rank == 0:
         save_file(gradients, folder / "gradients.safetensors")
         assert load_file(folder / "step-00000001" / "model.safetensors")["hrm.w_l"].shape == (32, 192)
