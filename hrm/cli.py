@@ -21,6 +21,7 @@ from rich.console import Console
 from hrm.analysis.command import AnalyseSettings
 from hrm.lm_eval import LmEvalSettings
 from hrm.plot import PlotSettings
+from hrm.preset import read_preset
 from hrm.profile.command import ProfileSettings
 from hrm.puzzle.command_data import DataSettings
 from hrm.puzzle.command_evaluate import EvaluateSettings
@@ -29,6 +30,7 @@ from hrm.puzzle.solve import SolveSettings
 from hrm.settings import (
     GenerateSettings,
     InfoSettings,
+    QuickstartSettings,
     TrainingSettings,
     UsageError,
     cache_folder,
@@ -167,7 +169,7 @@ VERBS = {
     "quickstart": Verb(
         quickstart,
         "train on Gemma 3 270M in minutes and see what it learnt",
-        TrainingSettings,
+        QuickstartSettings,
         quickstart_defaults,
     ),
     "train": Verb(
@@ -219,8 +221,8 @@ def _dispatch(words: list[str]) -> int:
     if name not in VERBS:
         raise UsageError(f"unknown verb {name!r}{nearest(name, list(VERBS))}; see hrm --help")
     verb = VERBS[name]
-    if name == "train" and _on_puzzles(overrides):
-        verb = replace(PUZZLE_TRAINING, defaults=lambda: preset_of([w for w in overrides if not w.startswith("-")]))
+    if name == "train":
+        verb = _training(verb, overrides)
     if name in BARE:  # hrm solve FILE
         overrides = [word if "=" in word or word.startswith("-") else f"{BARE[name]}={word}" for word in overrides]
     if any(word in ("-h", "--help") for word in overrides):
@@ -232,6 +234,22 @@ def _dispatch(words: list[str]) -> int:
 
 
 BARE = {"solve": "path", "plot": "run", "analyse": "run", "lm-eval": "run"}  # key that a word without "=" belongs to
+
+
+def _training(verb: Verb, overrides: Sequence[str]) -> Verb:
+    """`hrm train` of what the words ask for, whose defaults are those of the preset that they choose."""
+    words = [word for word in overrides if not word.startswith("-")]
+    preset = any(word.startswith("preset=") for word in words)
+    if not _on_puzzles(overrides):
+        return replace(verb, defaults=lambda: _preset_defaults(words)) if preset else verb
+    if preset:
+        raise UsageError("preset is given beside puzzle; a puzzle and its model choose their preset themselves")
+    return replace(PUZZLE_TRAINING, defaults=lambda: preset_of(words))
+
+
+def _preset_defaults(words: Sequence[str]) -> dict[str, Any]:
+    name = load_settings(TrainingSettings, words).preset
+    return {} if name is None else read_preset(name, TrainingSettings, words)
 
 
 def _on_puzzles(overrides: Sequence[str]) -> bool:

@@ -17,6 +17,7 @@ from hrm.data import Batch, Encoded, Example, Problems, Template, collate
 from hrm.loss import IGNORED
 from hrm.modeling import HRMGemmaForCausalLM
 from hrm.runs import read_lines
+from hrm.sharding import is_sharded
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ def commonest_answer(problems: Problems) -> Evaluation:
     return Evaluation(examples, [guess] * len(examples), [problems.score(guess, example) for example in examples])
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def answer(
     model: HRMGemmaForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
@@ -156,6 +157,8 @@ def answer(
 ) -> list[str]:
     """What the model writes after each of `texts`, without white space around it; padded on the left, in one batch.
 
+    Where FSDP2 has cut up the model, every process has to call this as often as the others.
+
     Args:
         max_new_tokens: longest answer.
         one_line: stop at the end of the first line that is not empty.
@@ -163,14 +166,17 @@ def answer(
     """
     inputs = tokenizer(list(texts), return_tensors="pt", padding=True, padding_side="left").to(model.device)
     width = inputs["input_ids"].shape[1]
-    was_training = model.training
+    was_training, sharded = model.training, is_sharded(model)
     model.eval()
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
+    # not under FSDP2: what weights are gathered into would be of no use outside of inference mode
+    inference = torch.inference_mode(not sharded)
+    with inference, torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
         ids = model.generate(  # type: ignore[misc]  # its protocol has a class variable that models leave out
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id,
+            synced_gpus=sharded,  # all gather weights in each forward pass: who ends its rows earlier has to go on
             stopping_criteria=StoppingCriteriaList([_LineEnd(tokenizer, width)] if one_line else []),
             **{"do_sample": False, **generation},
         )

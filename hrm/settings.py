@@ -188,8 +188,8 @@ class RunSection:
 
 
 @dataclass
-class TrainingSettings:
-    """Keys of `hrm train` and `hrm quickstart`."""
+class QuickstartSettings:
+    """Keys of `hrm quickstart`."""
 
     hrm: HRMSection = field(default_factory=HRMSection)  # type: ignore[valid-type]
     lora: LoraSection = field(default_factory=LoraSection)  # type: ignore[valid-type]
@@ -197,6 +197,14 @@ class TrainingSettings:
     train: TrainSection = field(default_factory=TrainSection)
     eval: EvalSection = field(default_factory=EvalSection)
     run: RunSection = field(default_factory=RunSection)
+
+
+@dataclass
+class TrainingSettings(QuickstartSettings):
+    """Keys of `hrm train`."""
+
+    preset: str | None = None
+    """Settings to start from: the name of a preset (depth, gsm8k), or a YAML file with the sections above."""
 
 
 @dataclass
@@ -273,13 +281,20 @@ def load_settings(schema: type, overrides: Sequence[str], defaults: Mapping[str,
 
 
 def load_training_settings(overrides: Sequence[str]) -> Any:
-    """The settings of one `hrm train`: defaults and `overrides`, or those of the run that it goes on with.
+    """The settings of one `hrm train`: defaults, then the preset, then `overrides`; or those of the run that it goes on
+    with.
 
     Raises:
-        UsageError: as `load_settings` and `saved_settings`.
+        UsageError: as `load_settings`, `hrm.preset.read_preset` and `saved_settings`.
     """
+    from hrm.preset import read_preset  # which is made of this module
+
     given = load_settings(TrainingSettings, overrides)
-    return given if given.run.resume is None else saved_settings(given.run.resume, TrainingSettings, overrides)
+    if given.run.resume is not None:
+        return saved_settings(given.run.resume, TrainingSettings, overrides)
+    if given.preset is None:
+        return given
+    return load_settings(TrainingSettings, overrides, read_preset(given.preset, TrainingSettings, overrides))
 
 
 def saved_settings(folder: str, schema: type, overrides: Sequence[str], beside: tuple[str, ...] = ()) -> Any:
@@ -318,7 +333,7 @@ def _set(config: DictConfig, key: Key, name: str, text: str) -> None:
     try:
         OmegaConf.update(config, name, _read(text, _kinds(key)), merge=False, force_add=name != key.name)
     except (OmegaConfBaseException, ValueError) as error:
-        raise UsageError(f"{name} is {text!r}; it should be {_kind_name(key.kind)}") from error
+        raise UsageError(f"{name} is {text!r}; it should be {kind_name(key.kind)}") from error
 
 
 def _kinds(key: Key) -> tuple[Any, ...]:
@@ -345,10 +360,12 @@ def nearest(name: str, known: Mapping[str, Any] | Sequence[str]) -> str:
     return f"; the nearest is {found[0]!r}" if found else "; this verb has no keys"
 
 
-def _kind_name(kind: Any) -> str:
+def kind_name(kind: Any) -> str:
     """A type in the words of an error message."""
     if get_origin(kind) is list:
         return "a list, [...]"
+    if get_origin(kind) is dict:
+        return "options, {name: value, ...}"
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
     return " or ".join(words.get(part, getattr(part, "__name__", str(part))) for part in get_args(kind) or (kind,))
 

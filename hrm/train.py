@@ -36,6 +36,7 @@ from hrm.settings import (
     hrm_config,
     lora_dict,
 )
+from hrm.sharding import check_sharding, is_sharded, whole_state
 from hrm.trainer import HRMTrainer
 
 MODEL = "checkpoint"  # folder of a run: the trained model with its tokenizer
@@ -55,6 +56,7 @@ def fine_tune(settings: Any, console: Console) -> Path:
     if not processes.is_main_process:
         console = Console(quiet=True)
     check_training(settings, processes.num_processes)
+    check_sharding(settings)
     job = Job.load(settings, console)
     job.warn_of_memory(processes.num_processes, console)
     folder = on_first(processes, lambda: _folder(settings))
@@ -198,11 +200,14 @@ class Run:
         return self.folder / MODEL
 
     def save_model(self) -> None:
-        """Writes the model and its tokenizer, in place of an earlier one."""
+        """Writes the model and its tokenizer, in place of an earlier one; every process takes part, for where each has
+        but a part of the weights."""
+        model = self.job.model
+        state = whole_state(model, keep=self._main) if is_sharded(model) else None
         if not self._main:
             return
         try:
-            self.job.model.save_pretrained(self.model_folder)
+            model.save_pretrained(self.model_folder, state_dict=state)
             self.job.tokenizer.save_pretrained(self.model_folder)
         except (OSError, SafetensorError) as error:  # a full disk is either
             raise TrainingError(

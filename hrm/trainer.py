@@ -27,6 +27,7 @@ from hrm.modeling import HRMGemmaForCausalLM, HRMOutput
 from hrm.running import TrainingError, peak_memory
 from hrm.saving import checkpoint_folder, checkpoints, remove_old_checkpoints, step_of
 from hrm.settings import UsageError
+from hrm.sharding import here, set_up_sharding, whole
 from hrm.training_state import check_training, load_optimizer, load_rank, load_weights, save_training
 
 logger = logging.getLogger("hrm")
@@ -76,6 +77,8 @@ class HRMTrainer(Trainer):
         super().__init__(
             model=model, args=self._arguments(settings, steps), train_dataset=Rows(rows), callbacks=list(callbacks)
         )
+        if self.is_fsdp_enabled:
+            set_up_sharding(self.accelerator, model)
         self.remove_callback(PrinterCallback)
         self.micro_batch = min(self.micro_batch, settings.batch_size // self.args.world_size)
 
@@ -222,8 +225,8 @@ class HRMTrainer(Trainer):
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor | float | None:
         """Clips; a gradient that is not finite is thrown away, and the step with it."""
-        norm = super()._clip_grad_norm(model)
-        value = float(norm)  # type: ignore[arg-type]  # the clip is above 0
+        norm = whole(super()._clip_grad_norm(model))  # type: ignore[arg-type]  # the clip is above 0
+        value = float(norm)
         if math.isfinite(value):
             self.skipped_in_row = 0
             return norm
@@ -319,10 +322,14 @@ class HRMTrainer(Trainer):
             remove_old_checkpoints(self.folder)
 
     def _check_weights(self) -> None:
-        """No checkpoint of weights that are not finite is ever written."""
-        bad = [name for name, p in self.core_model.named_parameters() if p.requires_grad and not p.isfinite().all()]
-        if bad:
-            self._first_bad, self._why = self.state.global_step, f"the weights {bad[0]} are not finite"
+        """No checkpoint of weights that are not finite is ever written; all processes hear of one's."""
+        trained = {name: p for name, p in self.core_model.named_parameters() if p.requires_grad}
+        bad = torch.stack([~here(p.detach()).isfinite().all() for p in trained.values()])
+        found = [
+            name for name, count in zip(trained, self._sum_over_processes(bad.int()).tolist(), strict=True) if count
+        ]
+        if found:
+            self._first_bad, self._why = self.state.global_step, f"the weights {found[0]} are not finite"
             raise TrainingError(self._no_way_on())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

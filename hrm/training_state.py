@@ -26,6 +26,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from hrm.saving import check_manifest, read_json, read_tensors, replace_folder, write_json, write_tensors
 from hrm.settings import UsageError
+from hrm.sharding import whole
 
 if TYPE_CHECKING:
     from hrm.trainer import HRMTrainer
@@ -40,7 +41,7 @@ def save_training(trainer: HRMTrainer, folder: Path) -> None:
         UsageError: it cannot be written, for want of space say; what was there before still is.
     """
     # gathered here from all processes, where each has a part
-    weights = {name: _whole(tensor) for name, tensor in _trained(trainer.model_wrapped).items()}
+    weights = {name: whole(tensor) for name, tensor in _trained(trainer.model_wrapped).items()}
     tensors, numbers = _optimizer_state(trainer)
     if not trainer.is_world_process_zero():
         _write_rank(trainer, Path(_told(None)))
@@ -144,10 +145,6 @@ def _trained(model: torch.nn.Module) -> dict[str, Tensor]:
     return named | {name: buffer for name, buffer in buffers.items() if name.startswith("hrm.")}
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 def _cut_like(value: Tensor, like: Tensor) -> Tensor:
     """`value` where `like` is, and the same part of it."""
     value = value.to(like.device)
@@ -165,7 +162,7 @@ def _optimizer_state(trainer: HRMTrainer) -> tuple[dict[str, Tensor], dict[str, 
             name = names[id(parameter)]
             for key, value in optimizer.state.get(parameter, {}).items():
                 if isinstance(value, Tensor):
-                    tensors[f"{name}/{key}"] = _whole(value)
+                    tensors[f"{name}/{key}"] = whole(value)
                 else:
                     numbers.setdefault(name, {})[key] = value
     rates = [{key: group[key] for key in ("lr", "initial_lr") if key in group} for group in optimizer.param_groups]

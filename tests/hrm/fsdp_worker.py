@@ -1,4 +1,5 @@
-"""Started by torchrun in test_distributed.py: one step of a model that FSDP2 has cut up, and its checkpoint."""
+"""Started by torchrun in test_distributed.py: a model that FSDP2 has cut up is saved, generates, and takes one step,
+whose checkpoint is read again."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
@@ -19,12 +21,15 @@ from transformers import AutoModelForCausalLM
 from hrm import HRMGemmaForCausalLM
 from hrm.loss import IGNORED
 from hrm.replay import ReplayBuffer
+from hrm.running import TrainingError
+from hrm.sharding import whole_state
+from hrm.trainer import HRMTrainer
 from hrm.training_state import load_optimizer, load_weights, save_training
 
 
-def make_model() -> HRMGemmaForCausalLM:
+def make_model(kind: str) -> HRMGemmaForCausalLM:
     torch.manual_seed(0)
-    backbone = AutoModelForCausalLM.from_config(backbone_config("gemma3_text"))
+    backbone = AutoModelForCausalLM.from_config(backbone_config(kind))
     model = HRMGemmaForCausalLM.from_backbone(backbone, hrm={**CORE, **ACT})
     seem_trained(model)
     return model.train()
@@ -52,14 +57,47 @@ def trainer_of(model: Any, optimizer: Any, rank: int, world: int) -> Any:
     )  # fmt: skip
 
 
-def main(folder: Path) -> None:
+def save_and_generate(model: Any, folder: Path, rank: int, world: int) -> None:
+    state = whole_state(model, keep=rank == 0)
+    assert bool(state) == (rank == 0)
+    if rank == 0:
+        model.save_pretrained(folder / "model", state_dict=state)
+    ids = batch()[0][rank::world]
+    model.eval()
+    most = (2, 7)[rank]
+    tokens = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=most, synced_gpus=True)
+    model.train()
+    save_file({"tokens": tokens}, folder / f"tokens-{rank}.safetensors")
+
+
+def all_hear_of_a_nan(model: Any, rank: int) -> None:
+    """A weight that is not finite in one process's part ends the training in all of them, before they save together."""
+
+    def over_processes(values: torch.Tensor) -> torch.Tensor:
+        dist.all_reduce(values)
+        return values
+
+    trainer: Any = SimpleNamespace(
+        core_model=model, state=SimpleNamespace(global_step=3), _sum_over_processes=over_processes,
+        _no_way_on=lambda: f"{trainer._why} at step {trainer._first_bad}",
+    )  # fmt: skip
+    HRMTrainer._check_weights(trainer)
+    if rank == 1:
+        with torch.no_grad():
+            model.hrm.w_l.to_local()[0, 0] = float("nan")
+    with pytest.raises(TrainingError, match=r"hrm\.w_l are not finite at step 3"):
+        HRMTrainer._check_weights(trainer)
+
+
+def main(folder: Path, kind: str) -> None:
     processes = PartialState(cpu=True)
     rank, world = processes.process_index, processes.num_processes
-    model = make_model()
+    model = make_model(kind)
     for layer in model.get_decoder().layers:
         fully_shard(layer)
     fully_shard(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    save_and_generate(model, folder, rank, world)
     ids, labels = batch()
     items = int((labels[:, 1:] != IGNORED).sum())
     out = model(ids[rank::world], labels=labels[rank::world], num_items_in_batch=items)
@@ -81,6 +119,7 @@ def main(folder: Path) -> None:
             assert torch.equal(full(p.detach()), before[name]), name
     again = [full(state[key]) for state in optimizer.state.values() for key in sorted(state)]
     assert len(again) == len(moments) and all(map(torch.equal, again, moments))
+    all_hear_of_a_nan(model, rank)
     if rank == 0:
         save_file(gradients, folder / "gradients.safetensors")
         assert load_file(folder / "step-00000001" / "model.safetensors")["hrm.w_l"].shape == (32, 192)
@@ -88,4 +127,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,7 +17,10 @@ from safetensors.torch import load_file
 from test_trainer import assert_same, steps, weights
 from tiny_backbone import TINY_CORE, save_tiny_backbone
 
+from hrm import HRMGemmaForCausalLM
 from hrm.saving import checkpoints
+from hrm.settings import UsageError, load_training_settings
+from hrm.sharding import check_sharding
 
 TESTS = Path(__file__).parent
 
@@ -31,12 +35,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def train(place: Path, name: str, processes: int, *words: str) -> Path:
+def train(place: Path, name: str, processes: int, *words: str, program: tuple[str, ...] = ("-m", "hrm")) -> Path:
     """Runs `hrm train` with so many processes; returns the run folder."""
     own = [f"hrm.backbone={place / 'backbone'}", *TINY_CORE, f"data.path={place / 'rows.jsonl'}", "data.held_out=1"]
     own += ["train.batch_size=4", "train.save_every=2", "eval.max_new_tokens=1"]
     own += ["train.core_lr=0.01", "train.adapter_lr=0.01", f"run.folder={place / name}"]
-    launch("-m", "hrm", "train", *(words if words[0].startswith("run.resume") else [*own, *words]), processes=processes)
+    words = words if words[0].startswith("run.resume") else (*own, *words)
+    launch(*program, "train", *words, processes=processes)
     (folder,) = (place / name).iterdir()
     return folder
 
@@ -80,12 +85,98 @@ def test_a_run_goes_on_with_another_number_of_processes(place: Path) -> None:
     assert [line["step"] for line in steps(cut)] == [1, 2, 3, 4, 5, 6]
 
 
-def test_fsdp_gives_the_gradients_of_one_process_and_keeps_its_checkpoint(tmp_path: Path) -> None:
-    launch(str(TESTS / "fsdp_worker.py"), str(tmp_path), processes=2)
-    model = make_model()
+@pytest.fixture(scope="module", params=["gemma3_text", "qwen3"])  # embeddings tied to the head, and not
+def sharded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """A kind of backbone, and what two processes have left of it under torch's FSDP2."""
+    folder = tmp_path_factory.mktemp(f"sharded-{request.param}")
+    launch(str(TESTS / "fsdp_worker.py"), str(folder), request.param, processes=2)
+    return request.param, folder
+
+
+def test_fsdp_gives_the_gradients_of_one_process_and_keeps_its_checkpoint(sharded: tuple[str, Path]) -> None:
+    kind, folder = sharded
+    model = make_model(kind)
     ids, labels = batch()
     model(ids, labels=labels).loss.backward()
     expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    found = load_file(tmp_path / "gradients.safetensors")
+    found = load_file(folder / "gradients.safetensors")
     assert_same(expected, found, tolerance=1e-4)
     assert torch.linalg.vector_norm(found["hrm.w_c"]) > 0
+
+
+def test_a_model_that_fsdp_has_cut_up_is_saved_whole_and_generates(sharded: tuple[str, Path]) -> None:
+    kind, folder = sharded
+    whole = make_model(kind)
+    whole.save_pretrained(folder / "whole")
+    assert sorted(p.name for p in (folder / "model").iterdir()) == sorted(p.name for p in (folder / "whole").iterdir())
+    assert (folder / "model" / "config.json").read_text() == (folder / "whole" / "config.json").read_text()
+    assert_same(*(load_file(folder / name / "model.safetensors") for name in ("whole", "model")), tolerance=0)
+    loaded = HRMGemmaForCausalLM.from_pretrained(folder / "model").eval()
+    ids, _ = batch()
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, whole.eval()(ids).logits)
+    for rank, tokens in enumerate((2, 7)):  # one goes on after the other is done
+        expected = whole.generate(ids[rank::2], attention_mask=torch.ones_like(ids[rank::2]), max_new_tokens=tokens)
+        assert torch.equal(load_file(folder / f"tokens-{rank}.safetensors")["tokens"], expected)
+
+
+FSDP = (str(TESTS / "fsdp_hrm.py"),)
+
+
+def test_hrm_train_under_fsdp_is_training_in_one_process(place: Path) -> None:
+    words = "train.steps=4", "hrm.segments=2", "train.micro_batch=1", "train.depth=[[0.5,1,1]]"
+    one = train(place, "fsdp-1", 1, *words)
+    two = train(place, "fsdp-2", 2, *words, program=FSDP)
+    for a, b in zip(steps(one), steps(two), strict=True):
+        assert (b["loss"], b["grad_norm"]) == pytest.approx((a["loss"], a["grad_norm"]), rel=1e-4)
+    assert_same(weights(one), weights(two), tolerance=5e-4)
+    models = [load_file(folder / "checkpoint" / "model.safetensors") for folder in (one, two)]
+    assert_same(*models, tolerance=5e-4)
+    configs = [(folder / "checkpoint" / "config.json").read_text() for folder in (one, two)]
+    assert configs[0] == configs[1]  # of the full depth
+    assert (one / "answers-after.jsonl").read_text() == (two / "answers-after.jsonl").read_text()
+
+
+def test_a_sharded_run_goes_on_whole_and_the_other_way_round(place: Path) -> None:
+    straight = train(place, "whole", 1, "train.steps=4", "hrm.act=true", "hrm.max_segments=2")
+    for name, before, after in (("shards-1", FSDP, ("-m", "hrm")), ("shards-2", ("-m", "hrm"), FSDP)):
+        cut = train(place, name, 2, "train.steps=4", "hrm.act=true", "hrm.max_segments=2", program=before)
+        shutil.rmtree(checkpoints(cut)[-1])  # as if it had been killed after step 2
+        train(place, name, 2, f"run.resume={cut}", program=after)
+        assert_same(weights(straight), weights(cut), tolerance=1e-3)
+        assert [line["step"] for line in steps(cut)] == [1, 2, 3, 4]
+
+
+def test_a_backbone_in_bfloat16_is_sharded_beside_a_core_in_float32(place: Path) -> None:
+    whole, cut = (train(place, name, 2, "train.steps=2", "hrm.segments=2", program=(*FSDP, name))
+                  for name in ("bf16-whole", "bf16"))  # fmt: skip
+    for a, b in zip(steps(whole), steps(cut), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-3)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-2)
+    kinds = [{name: tensor.dtype for name, tensor in load_file(folder / "checkpoint" / "model.safetensors").items()}
+             for folder in (whole, cut)]  # fmt: skip
+    assert kinds[0] == kinds[1]
+    assert {kinds[1]["hrm.w_l"], kinds[1]["backbone.model.norm.weight"]} == {torch.float32, torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "words", "message"),
+    [
+        ("FSDP_VERSION", "1", [], "accelerate's fsdp_version is 1; it should be 2"),
+        ("FSDP_CPU_RAM_EFFICIENT_LOADING", "true", [], "accelerate's fsdp_cpu_ram_efficient_loading is true"),
+        ("FSDP_OFFLOAD_PARAMS", "true", [], "accelerate's fsdp_offload_params is true; it should be false"),
+        ("FSDP_ACTIVATION_CHECKPOINTING", "True", [], "train.gradient_checkpointing=true does it"),
+        ("FSDP_VERSION", "2", ["hrm.quantize=nf4"], "hrm.quantize is 'nf4'; it should be null under FSDP"),
+    ],
+)
+def test_what_does_not_go_with_fsdp_is_refused_by_name(
+    variable: str, value: str, words: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = load_training_settings(words)
+    monkeypatch.setenv(variable, value)
+    check_sharding(settings)  # accelerate has no FSDP on
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    monkeypatch.setenv(variable, value)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UsageError, match=message):
+        check_sharding(settings)

@@ -1,0 +1,99 @@
+"""Presets of `hrm train`: settings kept as YAML, in the package by name or in a file of the user's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from hrm.settings import Key, UsageError, keys_of, kind_name, nearest
+
+PRESETS = Path(__file__).parent / "presets"
+SUFFIXES = (".yaml", ".yml")  # of a file; anything else is a name
+NOT_IN_ONE = ("preset", "run.resume")  # keys that belong on the command line alone
+
+
+def preset_names() -> list[str]:
+    """Names of the presets that come with the package."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def read_preset(name: str, schema: type, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The values of a preset by section, and its name under "preset": what `load_settings` takes as defaults.
+
+    Args:
+        name: of a packaged preset, or a file that ends in .yaml or .yml.
+        schema: the class of the settings.
+        overrides: what was typed; with another task than the preset's, the options of the preset's task are left out.
+
+    Raises:
+        UsageError: there is no such preset, it cannot be read, is no YAML, or holds a key that there is not, one that
+            belongs on the command line or a value of the wrong type; the message names the file and the key.
+    """
+    path = _path(name)
+    keys = {key.name: key for key in keys_of(schema)}
+    config = OmegaConf.structured(schema)
+    preset = OmegaConf.create({"preset": name})
+    for key, value in _leaves(_load(path), keys, path):
+        _check_type(config, key, value, path)
+        OmegaConf.update(preset, key.name, value, force_add=True)
+    values: Any = OmegaConf.to_container(preset)
+    if any(word.startswith("data.task=") for word in overrides):
+        for options in ("task_options", "held_out_options"):
+            values.get("data", {}).pop(options, None)
+    return values
+
+
+def _path(name: str) -> Path:
+    if name.endswith(SUFFIXES):
+        return Path(name).expanduser()
+    names = preset_names()
+    if name not in names:
+        known = f"there are {', '.join(names)}, and files that end in .yaml"
+        raise UsageError(f"preset is {name!r}{nearest(name, names)} ({known})")
+    return PRESETS / f"{name}.yaml"
+
+
+def _load(path: Path) -> dict[Any, Any]:
+    try:
+        loaded = OmegaConf.load(path)
+        values = OmegaConf.to_container(loaded, resolve=True)
+    except (YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        raise UsageError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    except OSError as error:
+        if error.strerror is None:  # OmegaConf's own: a file that holds a single value
+            raise UsageError(f"{path} holds no sections; it should, such as train: {{steps: 100}}") from error
+        raise UsageError(f"preset is {str(path)!r}, and cannot be read: {error.strerror}") from error
+    if not isinstance(loaded, DictConfig) or not isinstance(values, dict):
+        raise UsageError(f"{path} holds a list; it should hold sections, such as train: {{steps: 100}}")
+    return values
+
+
+def _leaves(
+    values: Mapping[Any, Any], keys: Mapping[str, Key], path: Path, prefix: str = ""
+) -> Iterator[tuple[Key, Any]]:
+    """The keys that `values` set, each with its value."""
+    for part, value in values.items():
+        name = f"{prefix}{part}"
+        if name in NOT_IN_ONE:
+            raise UsageError(f"{path}: {name} is set; it belongs on the command line, not in a preset")
+        if name in keys:
+            yield keys[name], value
+        elif not any(key.startswith(f"{name}.") for key in keys):
+            known = {key.rpartition(".")[0] for key in keys} - {""} if isinstance(value, Mapping) else set(keys)
+            raise UsageError(f"{path}: unknown key {name!r}{nearest(name, sorted(known))}")
+        elif isinstance(value, Mapping):
+            yield from _leaves(value, keys, path, f"{name}.")
+        elif value is not None:  # all of a section's keys may be commented out
+            raise UsageError(f"{path}: {name} is {value!r}; it should be a section, with keys of its own")
+
+
+def _check_type(config: Any, key: Key, value: Any, path: Path) -> None:
+    try:
+        OmegaConf.update(config, key.name, value, merge=False)
+    except (OmegaConfBaseException, ValueError) as error:
+        raise UsageError(f"{path}: {key.name} is {value!r}; it should be {kind_name(key.kind)}") from error

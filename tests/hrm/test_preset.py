@@ -1,0 +1,118 @@
+"""Presets of `hrm train`: by name and by file, under what is typed, kept with the run, and refused where wrong."""
+
+import json
+
+import pytest
+from omegaconf import OmegaConf
+from rich.console import Console
+from tiny_backbone import TINY_CORE, save_tiny_backbone
+
+from hrm.cli import main
+from hrm.preset import PRESETS, preset_names, read_preset
+from hrm.settings import TrainingSettings, UsageError, check_training, load_training_settings
+from hrm.train import fine_tune
+
+
+def write(path, text):
+    path.write_text(text)
+    return path
+
+
+def test_the_package_has_these():
+    assert preset_names() == ["depth", "gsm8k"]
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_makes_sense_and_says_what_it_is_for(name):
+    settings = load_training_settings([f"preset={name}"])
+    check_training(settings)
+    assert settings.preset == name
+    assert (PRESETS / f"{name}.yaml").read_text().startswith("# ")
+
+
+def test_what_is_typed_wins_over_the_preset_wherever_it_stands():
+    typed = "train.steps=7", "data.task_options.objects=3"
+    for words in (["preset=depth", *typed], [*typed, "preset=depth"]):
+        settings = load_training_settings(words)
+        assert (settings.train.steps, settings.train.batch_size) == (7, 256)
+        assert settings.data.task_options == {"objects": 3, "max_depth": 10}
+
+
+def test_another_task_does_not_get_the_presets_options():
+    settings = load_training_settings(["preset=depth", "data.task=family_relationships", "data.task_options.seed=1"])
+    assert settings.data.task_options == {"seed": 1}
+    assert settings.data.held_out_options == {}
+
+
+def test_a_file_of_ones_own(tmp_path):
+    text = "# mine\nlora:\ntrain: {core_lr: 1e-4, depth: [[0.5, 1, 1]]}\nhrm:\n  fused: false\n"
+    for name in ("mine.yaml", "mine.yml"):
+        settings = load_training_settings([f"preset={write(tmp_path / name, text)}"])
+        assert (settings.train.core_lr, settings.hrm.fused, settings.train.depth) == (1e-4, False, [[0.5, 1, 1]])
+    assert load_training_settings([f"preset={write(tmp_path / 'empty.yaml', '')}"]).train.steps is None
+
+
+def test_help_shows_the_presets_values(capsys):
+    assert main(["train", "preset=depth", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "train.steps=1500\n" in out
+    assert "preset=depth\n" in out
+    assert "data.task_options={'objects': 5, 'max_depth': 10}\n" in out
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: [1\n", "mine.yaml is no YAML: while parsing"),
+        ("- 1\n", "mine.yaml holds a list; it should hold sections"),
+        ("train: {steps: ${x}}\n", "mine.yaml is no YAML"),
+        ("train: {stps: 1}\n", "mine.yaml: unknown key 'train.stps'; the nearest is 'train.steps'"),
+        ("trian: {steps: 1}\n", "mine.yaml: unknown key 'trian'; the nearest is 'train'"),
+        ("core_lr: 1\n", "mine.yaml: unknown key 'core_lr'; the nearest is 'train.core_lr'"),
+        ("train: 3\n", "mine.yaml: train is 3; it should be a section"),
+        ("train: {steps: many}\n", "mine.yaml: train.steps is 'many'; it should be a whole number or null"),
+        ("data: {task_options: [1]}\n", "mine.yaml: data.task_options is [1]; it should be options, {name: value"),
+        ("run: {resume: runs/a}\n", "mine.yaml: run.resume is set; it belongs on the command line"),
+        ("preset: depth\n", "mine.yaml: preset is set; it belongs on the command line"),
+    ],
+)
+def test_a_wrong_file_is_named_with_its_key(tmp_path, text, message):
+    with pytest.raises(UsageError) as error:
+        read_preset(str(write(tmp_path / "mine.yaml", text)), TrainingSettings)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["preset=dept"], "preset is 'dept'; the nearest is 'depth' (there are depth, gsm8k, and files that end in"),
+        (["preset=no/such.yaml"], "preset is 'no/such.yaml', and cannot be read: No such file or directory"),
+        (["preset=depth", "puzzle=sudoku"], "preset is given beside puzzle"),
+        (["preset=depth", "train.stps=1"], "unknown key 'train.stps'"),
+        (["preset=depth", "run.resume=runs/a"], "'preset=depth' is given beside run.resume"),
+    ],
+)
+def test_wrong_words_are_one_line_and_status_2(words, message, capsys):
+    assert main(["train", *words]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_the_quickstart_has_no_preset(capsys):
+    assert main(["quickstart", "preset=depth"]) == 2
+    assert "unknown key 'preset'" in capsys.readouterr().err
+
+
+def test_a_run_keeps_what_came_out_and_goes_on_without_the_preset(tmp_path):
+    rows = "".join(json.dumps({"prompt": f"{n}?", "answer": "yes"}) + "\n" for n in range(20))
+    sections = {"data": {"path": str(write(tmp_path / "rows.jsonl", rows))}, "eval": {"max_new_tokens": 1}}
+    preset = write(tmp_path / "mine.yaml", OmegaConf.to_yaml({**sections, "train": {"steps": 5, "batch_size": 2}}))
+    words = [f"hrm.backbone={save_tiny_backbone(tmp_path / 'backbone')}", *TINY_CORE, f"run.folder={tmp_path / 'runs'}"]
+    quiet = Console(quiet=True)
+    folder = fine_tune(load_training_settings([f"preset={preset}", *words, "train.steps=2"]), quiet)
+    kept = OmegaConf.load(folder / "config.yaml")
+    assert (kept.preset, kept.train.steps, kept.train.batch_size) == (str(preset), 2, 2)
+    preset.unlink()
+    assert fine_tune(load_training_settings([f"run.resume={folder}"]), quiet) == folder
