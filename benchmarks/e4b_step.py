@@ -4,9 +4,9 @@
     python benchmarks/e4b_step.py run FOLDER [section.key=value ...] [--ways fused eager]
 
 `run` lets this process have `--gpu-gb` of the GPU's memory, loads the backbone in 4 bits with adapters and a core of
-2048/4096 as `hrm train` does, and takes `--steps` steps of 4 x 2048 random tokens with `HRMTrainer`, one row at a
-time. One line of JSON for each way: the plan's peak, the most that was allocated and reserved, loading
-included, median tokens a second after the first two steps, the last loss. Further keys are those of `hrm train`.
+2048/4096 as `hrm train` does, and takes `--steps` steps of 4 x 2048 random tokens with `HRMTrainer`, one row at a time.
+One line of JSON for each way: the most that was allocated and reserved, what was planned and what is measured at the
+peaks of one more step, median tokens a second after the first two steps, the last loss. Further keys: `hrm train`'s.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, Gemma3nTextConfig, Tr
 
 from hrm.data import Encoded
 from hrm.profile.command import plan_training
+from hrm.profile.measure import measure_memory
 from hrm.settings import TrainingSettings, load_settings
 from hrm.train import load_model
-from hrm.trainer import HRMTrainer
+from hrm.trainer import HRMTrainer, make_optimizer
 
 SETTINGS = {
     "hrm": {"quantize": "nf4", "d_l": 2048, "d_h": 4096},
@@ -67,9 +68,10 @@ def run(options: argparse.Namespace) -> None:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, options.gpu_gb * 1e9 / total))
     settings.hrm.backbone = str(options.folder)
-    vocabulary, started = AutoConfig.from_pretrained(options.folder).get_text_config().vocab_size, time.perf_counter()
+    text, started = AutoConfig.from_pretrained(options.folder).get_text_config(), time.perf_counter()
     model = load_model(str(options.folder), settings).train()
     loaded = {"loading_s": time.perf_counter() - started} | _memory(cuda, "loading_")
+    vocabulary = min(text.vocab_size, text.vocab_size_per_layer_input)  # the last 256 tokens are images' and sounds'
     draw = torch.Generator().manual_seed(0)
     shape = (4 * settings.train.batch_size, settings.data.max_length)
     rows = [Encoded(ids[:1], ids[1:]) for ids in torch.randint(vocabulary, shape, generator=draw).tolist()]
@@ -85,13 +87,17 @@ def run(options: argparse.Namespace) -> None:
                 model, rows, settings.train, Path(folder), pad=0, steps=options.steps, callbacks=[seen]
             )  # fmt: skip
             trainer.train()
-        peak = plan_training(settings, model.config.backbone).peak
-        line = {"way": way, **about, "planned_gb": peak / 1e9, **loaded, **_memory(cuda, "")}
+        line = {"way": way, **about, **loaded, **_memory(cuda, "")}
+        plan = plan_training(settings, model.config.backbone)
+        line |= {f"planned_{name}_gb": peak / 1e9 for name, peak in plan.peaks.items()}
         line["tokens_per_second"] = statistics.median(line["tokens_per_second"] for line in seen.lines[2:])
         line["last_loss"] = seen.lines[-1]["loss"]
-        print(json.dumps({k: round(v, 2) if isinstance(v, float) else v for k, v in line.items()}), flush=True)
         del trainer
         gc.collect()  # the Trainer holds itself in cycles
+        if cuda:
+            measured = measure_memory(model, plan.step, lambda: make_optimizer(model, settings.train))
+            line |= {f"measured_{name}_gb": peak / 1e9 for name, peak in measured.items()}
+        print(json.dumps({k: round(v, 2) if isinstance(v, float) else v for k, v in line.items()}), flush=True)
 
 
 def _memory(cuda: bool, prefix: str) -> dict[str, float]:
@@ -110,7 +116,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--gpu-gb", type=float, default=24.0)
     parser.add_argument("--tiny", action="store_true", help="make a toy of the same kind, to try this script")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     make(options.folder, options.tiny) if options.what == "make" else run(options)
 
 

@@ -173,7 +173,9 @@ print("RESULT", json.dumps(losses))
 def check_losses(device, backbone, folder):
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "hrm")]),
+        "PYTHONPATH": os.pathsep.join(
+            [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "hrm"), *os.environ.get("PYTHONPATH", "").split(":")]
+        ),
         "HF_HUB_OFFLINE": "1",
         "UNSLOTH_DISABLE_STATISTICS": "1",
     }
