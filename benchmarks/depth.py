@@ -11,8 +11,8 @@ Arms, all with the two adapters, the same rows, batches and learning rates:
 Every arm and seed trains for `--seconds` of wall time on one device (or `--steps` steps), learning rates and depth as
 functions of the time spent. Then its answers to unseen problems are judged by depth, trained ones and deeper, and again
 with other N, T and numbers of segments than it was trained with. Results go to `--output` as JSON after each run, a
-table to the terminal; `--plot` draws a finished file. `--shallow LAYERS` first writes a random Gemma 3 of so few layers,
-with a token a word, to BACKBONE: small enough for a CPU, and too shallow to solve the deeper problems alone.
+table to the terminal; `--plot` draws a finished file. `--shallow LAYERS` first writes a random Gemma 3 of so few
+layers, with a token a word, to BACKBONE: small enough for a CPU, and too shallow to solve the deeper problems alone.
 """
 
 from __future__ import annotations
