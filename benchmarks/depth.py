@@ -11,8 +11,9 @@ Arms, all with the two adapters, the same rows, batches and learning rates:
 Every arm and seed trains for `--seconds` of wall time on one device (or `--steps` steps), learning rates and depth as
 functions of the time spent. Then its answers to unseen problems are judged by depth, trained ones and deeper, and again
 with other N, T and numbers of segments than it was trained with. Results go to `--output` as JSON after each run, a
-table to the terminal; `--plot` draws a finished file. `--shallow LAYERS` first writes a random Gemma 3 of so few
-layers, with a token a word, to BACKBONE: small enough for a CPU, and too shallow to solve the deeper problems alone.
+table to the terminal; `--plot` draws a finished file, `--merge` joins some. `--shallow LAYERS` first writes a random
+Gemma 3 of so few layers, with a token a word, to BACKBONE: small enough for a CPU, and too shallow to solve the deeper
+problems alone.
 """
 
 from __future__ import annotations
@@ -66,6 +67,7 @@ ARMS = {
     "ramp": Arm({"grad_l_steps": 4}, RAMP, DEEPER),
     "segments": Arm({"grad_l_steps": 4, **ACT}, RAMP, DEEPER),
 }
+NOT_KEPT = ("output", "plot", "merge", "shallow", "backbone")
 CORE = {"d_l": 1280, "d_h": 1280, "h_cycles": 4, "l_steps": 4}
 
 
@@ -238,6 +240,21 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(values), quantile * statistics.stdev(values) / math.sqrt(len(values))
 
 
+def merged(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The runs of several files, made with the same settings but for arms and seeds, in one."""
+    own = ("arms", "seeds", "runs")
+    for part in parts[1:]:
+        for key in part.keys() - own:
+            if part[key] != parts[0][key]:
+                raise SystemExit(f"--merge: {key} is {part[key]!r} in one file and {parts[0][key]!r} in another")
+    runs = sorted((run for part in parts for run in part["runs"]), key=lambda run: list(ARMS).index(run["arm"]))
+    return {
+        **parts[0],
+        **{key: sorted({value for part in parts for value in part[key]}) for key in own[:2]},
+        "runs": runs,
+    }
+
+
 def show(results: dict[str, Any], console: Console) -> None:
     """Accuracy by depth of each arm as it was trained, then with other depths at test time."""
     runs = results["runs"]
@@ -297,7 +314,13 @@ def main() -> None:
     parser.add_argument("--adapter-lr", type=float, default=5e-4)
     parser.add_argument("--output", type=Path, default=Path("depth.json"))
     parser.add_argument("--plot", type=Path)
+    parser.add_argument("--merge", nargs="+", type=Path, help="files of arms or seeds that ran side by side")
     options, console = parser.parse_args(), Console()
+    if options.merge:
+        results = merged([json.loads(path.read_text()) for path in options.merge])
+        options.output.write_text(json.dumps(results, indent=1))
+        show(results, console)
+        return
     if options.plot:
         plot(json.loads(options.output.read_text()), options.plot)
         return
@@ -305,7 +328,7 @@ def main() -> None:
         make_shallow(options.backbone, options.shallow)
     tokenizer = load_tokenizer(options.backbone)
     rows, judged, depths = make_rows(options, tokenizer)
-    about = {key: value for key, value in vars(options).items() if key not in ("output", "plot", "backbone")}
+    about = {key: value for key, value in vars(options).items() if key not in NOT_KEPT}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     results: dict[str, Any] = {**about, "device": device, "torch": torch.__version__, "runs": []}
     for seed in options.seeds:

@@ -29,16 +29,15 @@ def object_swaps(draw: random.Random, objects: int, depth: int) -> tuple[str, st
 
 
 def pointer_chase(draw: random.Random, objects: int, depth: int) -> tuple[str, str]:
-    """Where `depth` steps along the arrows lead: each object points to one, and one points to each."""
+    """Where `depth` steps along the arrows lead. They go round all objects: fewer steps than objects never come back, so
+    that the number of steps alone tells nothing."""
     order = list(LETTERS[:objects])
     draw.shuffle(order)
-    follows = dict(zip(LETTERS[:objects], order, strict=True))
-    pairs = list(follows.items())
+    place = draw.randrange(objects)
+    pairs = [(order[at - 1], order[at]) for at in range(objects)]
     draw.shuffle(pairs)
-    place = start = draw.choice(LETTERS[:objects])
-    for _ in range(depth):
-        place = follows[place]
-    return " ".join(f"{a} {b}," for a, b in pairs) + f" {depth} from {start}?", place
+    question = f"{depth} from {order[place]}?"
+    return " ".join(f"{a} {b}," for a, b in pairs) + f" {question}", order[(place + depth) % objects]
 
 
 TASKS: dict[str, Make] = {"object_swaps": object_swaps, "pointer_chase": pointer_chase}

@@ -43,6 +43,15 @@ def test_answers_and_depths_are_right(task, solve):
     assert found != list(itertools.islice(problems(task, options, 4), 400))
 
 
+def test_arrows_go_round_all_objects():
+    for prompt, _, _ in itertools.islice(problems("pointer_chase", {"objects": 6, "max_depth": 5}, 0), 20):
+        arrows = dict(pair.split() for pair in prompt.rpartition(",")[0].split(", "))
+        seen = {place := "A"}
+        while (place := arrows[place]) not in seen:
+            seen.add(place)
+        assert seen == set(arrows) == set("ABCDEF")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
