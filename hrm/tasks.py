@@ -29,8 +29,8 @@ def object_swaps(draw: random.Random, objects: int, depth: int) -> tuple[str, st
 
 
 def pointer_chase(draw: random.Random, objects: int, depth: int) -> tuple[str, str]:
-    """Where `depth` steps along the arrows lead. They go round all objects: fewer steps than objects never come back, so
-    that the number of steps alone tells nothing."""
+    """Where `depth` steps along the arrows lead. They go round all objects, so that fewer steps than objects never come
+    back and the number of steps alone tells nothing."""
     order = list(LETTERS[:objects])
     draw.shuffle(order)
     place = draw.randrange(objects)
