@@ -117,7 +117,8 @@ class HRMConfig(CheckedConfig):
     segment_weights: list[float] | None = None
     """Weight of each segment's loss, at least as many as segments run; None: all alike."""
     stop_residual: float = 0.0
-    """End a call's segments once the mean relative change of both states is at most this; 0: never."""
+    """A sequence in training, a token in decoding, runs no further segment once the relative change of both its states
+    (a sequence's mean) is at most this; 0: never."""
     norm_eps: float = 1e-6
     """eps of every RMS norm."""
     fused: bool | str = "auto"

@@ -44,7 +44,7 @@ class Segment:
 
     z_h: Tensor  # (B, S, d_h), the slow state that the read-out sees
     active: Tensor  # (B, S) bool: real tokens that had not halted before this segment
-    halted: Tensor  # (B, S) bool: tokens that run no further segment; without ACT none
+    halted: Tensor  # (B, S) bool: tokens that run no further segment; without ACT and `stop_residual` none
     q: Tensor | None = None  # (B, S, 2) float32, q_halt and q_continue; with ACT only
     last: Tensor | None = None  # (B, S) bool: tokens that may run no further segment after this one; with ACT only
 
@@ -255,11 +255,12 @@ class HRMCore(nn.Module):
     ) -> CoreOutput:
         """Runs up to `segments` segments on the hidden states `h`.
 
-        Halting (only with `config.act`): in training a row, or each document of a packed one, halts when its mean of
+        Halting (with `config.act`): in training a row, or each document of a packed one, halts when its mean of
         q_halt - q_continue over the tokens of `counted` is above 0, but not before `min_segments`, nor, with
         probability `exploration`, before a number drawn at random; in evaluation each token halts by its own two
         values, and a row all of whose tokens have halted costs nothing more; at `max_segments` all do. With q_target
-        "none" it is q_halt alone.
+        "none" it is q_halt alone. With `stop_residual`, with or without ACT, sequences and tokens halt too once both of
+        their states move by no more than that.
 
         Packing: without `attention_mask` and cache, positions that do not rise by one start a new document, which sees
         nothing of those before it; so does the backbone, by the same rule of transformers.
@@ -270,7 +271,7 @@ class HRMCore(nn.Module):
             position_ids: (B, S) for the mixer's RoPE; None: counted from the mask.
             carry: states to go on from; None: fresh ones.
             segments: None: `config.segments`, or with ACT as many as halting asks for. In evaluation a number runs
-                exactly that many; in training with ACT it is the most that this call may run.
+                exactly that many; in training it is the most that this call may run.
             counted: (B, S) bool, tokens that decide whether a row halts in training; None: all real ones.
             cache: slots of the tokens before these; this call's are added.
             look_ahead: run one more segment without graph where something is left to run after the last one, for what
@@ -375,6 +376,8 @@ class HRMCore(nn.Module):
             segment, new = self._one_segment(
                 index, running, weights, rule, carry.steps + index + 1, halted, by_token, done[-1] if done else None
             )
+            if halting and self.config.stop_residual:
+                segment.halted = segment.halted | rule.settled(self._moved(running, new, real.shape))
             out = torch.where(segment.active[..., None], segment.z_h, out) if halting else segment.z_h
             done.append(segment)
             halted = segment.halted if halting else halted
@@ -385,8 +388,6 @@ class HRMCore(nn.Module):
                 residuals.append(_mean(moved, running.pick(real & ~restart)))
             running.z_l, running.z_h = new
             left = real & ~halted
-            if self.config.stop_residual and self._stand_still(running.pick(left), residuals, old, new):
-                break
             if halting and not (running.keep(left) if by_token else left.any()):
                 break
         if look_ahead and halting and bool((real & ~halted).any()):
@@ -428,14 +429,14 @@ class HRMCore(nn.Module):
             segment.halted = before | rule.halted(segment.q, segment.last, steps)
         return segment, (z_l, z_h)
 
-    def _stand_still(
-        self, left: Tensor, residuals: list[Tensor], old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]
-    ) -> bool:
-        """Whether both states of the tokens `left` (b, S) moved so little that no further segment is worth running."""
-        if not residuals:  # decoding hands on no carry, whose update would have measured this
-            moved = [(b - a).norm(dim=-1) / a.norm(dim=-1) for a, b in zip(old, new, strict=True)]
-            residuals = [_mean(torch.stack(moved, -1).view(*left.shape, 2), left)]
-        return bool((residuals[-1] <= self.config.stop_residual).all())
+    @staticmethod
+    @torch.no_grad()
+    def _moved(running: Running, new: tuple[Tensor, Tensor], shape: torch.Size) -> Tensor:
+        """(B, S, 2) float32, the relative change of each token's two states; 0 in rows left out."""
+        pairs = zip((running.z_l, running.z_h), new, strict=True)
+        moved = [(after - before).float().norm(dim=-1) / before.float().norm(dim=-1) for before, after in pairs]
+        of_these = torch.stack(moved, -1).view(*running.steps.shape, 2)
+        return running.spread(of_these, of_these.new_zeros(*shape, 2))
 
     def _carry(self, running: Running, halted: Tensor) -> HRMCarry:
         """What the next pass goes on from; rows `halted` (B,), those left out among them, start anew."""
@@ -453,8 +454,9 @@ class HRMCore(nn.Module):
         """Whether anything may halt in this call, and the most segments that it runs."""
         if segments is not None and (not isinstance(segments, int) or segments < 1):
             raise ValueError(f"segments is {segments!r}; it should be a whole number, at least 1, or None")
-        halting = self.config.act and (self.training or segments is None)
-        return halting, segments or (self.config.max_segments if halting else self.config.segments)
+        config = self.config
+        halting = (config.act or config.stop_residual > 0) and (self.training or segments is None)
+        return halting, segments or (config.max_segments if config.act and halting else config.segments)
 
     def _hand_over(
         self,
@@ -559,6 +561,15 @@ class HaltingRule:
         total, counted = self._over_sequence(margin * self._counted), self._over_sequence(self._counted.float())
         # the sequence's mean decides; one in which nothing counts has nothing to go on for
         return last | (counted == 0) | (total > 0) & (steps[:, None] >= self._least)
+
+    @torch.no_grad()
+    def settled(self, moved: Tensor) -> Tensor:
+        """(B, S) bool, given how far each token's two states moved (B, S, 2): whether its sequence's in training, its
+        own in decoding, moved by at most `stop_residual`, so that no further segment is worth running."""
+        if self._training:
+            total = torch.stack([self._over_sequence(part * self.real) for part in moved.unbind(-1)], -1)
+            moved = total / self._over_sequence(self.real.float()).clamp_min(1)[..., None]
+        return (moved <= self._config.stop_residual).all(-1)
 
     def _over_sequence(self, values: Tensor) -> Tensor:
         """Sums (B, S) over each sequence, at every of its tokens."""

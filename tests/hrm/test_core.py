@@ -355,20 +355,59 @@ def test_where_the_gradient_of_the_q_values_goes(h, where):
     assert (core.w_l.grad is None) == (where == "head")
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_segments_end_where_the_states_stand_still(h, training):
-    core = make_core(segments=5, max_segments=5).train(training)
-    moved = core(h).residuals
-    threshold = float(moved[2].max())  # reached after the third segment at the latest
-    expected = 1 + next(i for i, pair in enumerate(moved) if (pair <= threshold).all())
-    core.config.stop_residual = threshold
-    out = core(h)
-    assert len(out.segments) == expected <= 3
-    torch.testing.assert_close(out.residuals, moved[:expected])
-    with torch.no_grad():
-        assert len(core.eval()(h, cache=SlotCache()).segments) == expected  # decoding measures it in another way
+@torch.no_grad()
+def moved_by_segment(core, h, count):
+    """(count, B, S, 2), the relative change of each token's two states in each of `count` segments."""
+    state = core.initial_carry(h.shape[:2])
+    found = []
+    for _ in range(count):
+        new = core(h, segments=1, carry=state).carry
+        pairs = ((state.z_l, new.z_l), (state.z_h, new.z_h))
+        found.append(torch.stack([(b - a).norm(dim=-1) / a.norm(dim=-1) for a, b in pairs], -1))
+        state = new
+    return torch.stack(found)
+
+
+def first_below(moved, threshold):
+    """How many segments run where they end with the first in which both states moved by no more than `threshold`."""
+    still = (moved <= threshold).all(-1)
+    return torch.where(still.any(0), still.int().argmax(0) + 1, len(moved))
+
+
+def test_sequences_in_training_end_where_their_states_stand_still():
+    core, h = make_core(segments=5).train(), rows_of(6)
+    moved = moved_by_segment(core, h, 5).mean(2)
+    core.config.stop_residual = float(moved[2].max(-1).values.median())  # reached by half of the rows in the third
+    out, expected = core(h), first_below(moved, core.config.stop_residual)
+    assert torch.equal(out.segments_used, expected[:, None].expand(-1, 6).int())
+    assert len(expected.unique()) > 1 and len(out.segments) == expected.max()
+    ended = expected < 5
+    assert torch.equal(out.carry.halted, ended | (moved[-1] <= core.config.stop_residual).all(-1))
+    for row, used in enumerate(expected.tolist()):  # whatever its neighbours do
+        alone = core(h[row : row + 1])
+        assert len(alone.segments) == used
+        torch.testing.assert_close(out.z_h[row], alone.z_h[0], rtol=1e-4, atol=1e-4)
     core.config.stop_residual = 1e-30
     assert len(core(h).segments) == 5
+
+
+@torch.no_grad()
+def test_tokens_in_decoding_end_where_their_states_stand_still():
+    core, h = make_core(segments=5, h_mixer="none").eval(), rows_of(6)
+    moved = moved_by_segment(core, h, 5)
+    core.config.stop_residual = float(moved[2].max(-1).values.median())
+    out, expected = core(h), first_below(moved, core.config.stop_residual).int()
+    assert torch.equal(out.segments_used, expected) and len(expected.unique()) > 2
+    assert torch.equal(core(h, cache=SlotCache()).segments_used, expected)
+    assert len(core(h, segments=5).segments) == 5  # a number in evaluation is exactly that many
+
+
+def test_padding_does_not_keep_a_sequence_going():
+    core, h = make_core(segments=5).train(), rows_of(6)
+    mask = padding("right", 6)
+    core.config.stop_residual = float(moved_by_segment(core, h, 5).mean(2)[2].max(-1).values.median())
+    out, changed = core(h, attention_mask=mask), torch.where(mask.bool()[..., None], h, 100.0)
+    assert torch.equal(out.segments_used, core(changed, attention_mask=mask).segments_used)
 
 
 def test_padding_decides_nothing(h):
@@ -499,16 +538,16 @@ def test_leaving_rows_out_changes_nothing_for_those_that_go_on(side, mixer, toke
 
 @torch.no_grad()
 def test_rows_left_out_start_anew_in_the_carry_while_others_go_on():
-    core, h = uneven_core(), rows_of(1)
-    core.config.stop_residual = float(core(h).residuals[2].max())  # ends the call while some rows are left to go on
-    out = core(h)
-    core.config.stop_residual, over = 0.0, out.carry.halted
-    steps = len(out.segments)
-    assert 1 < steps <= 3 and 0 < over.sum() < ROWS
-    assert out.carry.steps.tolist() == [0 if done else steps for done in over]
+    core, h = make_core(segments=3).eval(), rows_of(1)
+    least = moved_by_segment(core, h, 3).max(-1).values.amin(0)  # of both states, over the three segments
+    core.config.stop_residual = float(least.median())
+    out = core(h)  # half of the rows stand still by then, the others go on to the call's end
+    over, core.config.stop_residual = out.carry.halted, 0.0
+    assert 0 < over.sum() < ROWS
+    assert out.carry.steps.tolist() == [0 if done else 3 for done in over]
     assert torch.equal(out.carry.z_l[over][:, 0], core.z_l_init.expand(int(over.sum()), -1))
     assert torch.equal(out.carry.z_h[over][:, 0], core.z_h_init.expand(int(over.sum()), -1))
-    fixed = core(h, segments=steps).carry
+    fixed = core(h, segments=3).carry
     torch.testing.assert_close(out.carry.z_l[~over], fixed.z_l[~over], rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(out.carry.z_h[~over], fixed.z_h[~over], rtol=1e-3, atol=1e-3)
 
