@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from accelerate.utils.memory import should_reduce_batch_size
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -146,6 +147,25 @@ def progress_bar(console: Console) -> Progress:
     text = TextColumn("{task.fields[text]}")
     return Progress(TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), text,
                     console=console)  # fmt: skip
+
+
+NO_MEMORY = (  # what the list of accelerate lacks
+    "CUDA error: out of memory",
+    "Triton Error [CUDA]: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "unable to find an engine",  # cuDNN, where each engine asks for more memory than is left
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether fewer rows at a time may help: by its type, or by what CUDA's libraries say in a RuntimeError."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    if not isinstance(error, RuntimeError):
+        return False
+    text = str(error)
+    return any(part in text for part in NO_MEMORY) or should_reduce_batch_size(RuntimeError(text))
 
 
 def peak_memory(device: torch.device) -> float:

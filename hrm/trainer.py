@@ -24,7 +24,7 @@ from hrm.curriculum import SegmentGrowth, set_depth, stages
 from hrm.data import Encoded
 from hrm.loss import IGNORED
 from hrm.modeling import HRMGemmaForCausalLM, HRMOutput
-from hrm.running import TrainingError, peak_memory
+from hrm.running import TrainingError, is_out_of_memory, peak_memory
 from hrm.saving import checkpoint_folder, checkpoints, remove_old_checkpoints, step_of
 from hrm.settings import UsageError
 from hrm.sharding import here, set_up_sharding, whole
@@ -138,7 +138,9 @@ class HRMTrainer(Trainer):
             try:
                 loss = self._gradients(model, inputs)
                 break
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
                 why = str(error)
             self._smaller(inputs, why)  # outside: the exception holds on to the failed pass
             model.zero_grad(set_to_none=True)

@@ -243,6 +243,41 @@ def test_too_little_memory_for_one_row_is_said(settings: Load, monkeypatch: pyte
         run(settings())
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA out of memory. Tried to allocate 2 GiB",
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other API call",
+        "Triton Error [CUDA]: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "GET was unable to find an engine to execute this computation",
+        "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried",
+    ],
+)
+def test_out_of_memory_is_known_by_what_cuda_says(settings: Load, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = HRMGemmaForCausalLM.forward
+
+    def small(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.training and len(kwargs["input_ids"]) > 2:
+            raise RuntimeError(text)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(HRMGemmaForCausalLM, "forward", small)
+    assert [line["micro_batch"] for line in steps(run(settings("train.steps=1")))] == [2]
+
+
+def test_another_error_is_not_taken_for_want_of_memory(settings: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    error = RuntimeError("CUDA error: an illegal memory access was encountered", 700)
+
+    def fail(self: Any, *args: Any, **kwargs: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr("hrm.trainer.HRMTrainer._forward", fail)
+    with pytest.raises(RuntimeError) as raised:
+        run(settings())
+    assert raised.value is error
+
+
 # ---------------------------------------------------------------------------------------------------- resume
 
 
