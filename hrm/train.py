@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from hrm import report
 from hrm.data import Encoded, Example, Problems, Template, bad_row_of, encode, first_line, load_problems
 from hrm.evaluate import Evaluation, commonest_answer, evaluate
 from hrm.modeling import HRMGemmaForCausalLM
-from hrm.monitor import JsonlCallback, ProgressCallback, PrometheusCallback
+from hrm.monitor import JsonlCallback, ProgressCallback, PrometheusCallback, check_integrations
 from hrm.profile.advice import available_memory, check_fits
 from hrm.profile.command import plan_training
 from hrm.running import Interrupted, StopOnInterrupt, TrainingError, locked, new_run_folder, on_first
@@ -57,6 +57,12 @@ def fine_tune(settings: Any, console: Console) -> Path:
         console = Console(quiet=True)
     check_training(settings, processes.num_processes)
     check_sharding(settings)
+    check_integrations(settings.train.report_to)
+    with _exporter(settings.train.prometheus_port, processes, console) as exporter:
+        return _fine_tune(settings, processes, console, exporter)
+
+
+def _fine_tune(settings: Any, processes: PartialState, console: Console, exporter: list[TrainerCallback]) -> Path:
     job = Job.load(settings, console)
     job.warn_of_memory(processes.num_processes, console)
     folder = on_first(processes, lambda: _folder(settings))
@@ -64,7 +70,7 @@ def fine_tune(settings: Any, console: Console) -> Path:
     run = Run(folder, job, console, main=processes.is_main_process)
     with locked(folder) if processes.is_main_process else nullcontext():
         run.evaluate_before(settings.eval.shots)
-        train(job, run, console)
+        train(job, run, console, exporter)
         try:
             run.evaluate_after()
         except KeyboardInterrupt as stop:
@@ -73,6 +79,22 @@ def fine_tune(settings: Any, console: Console) -> Path:
             report.print_outcome(console, run.evaluations, folder)
             report.plot_run(folder, run.evaluations)
     return folder
+
+
+@contextmanager
+def _exporter(port: int | None, processes: PartialState, console: Console) -> Iterator[list[TrainerCallback]]:
+    """What serves metrics, if anything does: from the start of the `with` block, so that a port in use is told before
+    anything is loaded, to the end of training."""
+    if port is None:
+        yield []
+        return
+    exporter = PrometheusCallback(port, name="train.prometheus_port")
+    try:
+        with _shown_warnings(console):
+            on_first(processes, exporter.serve)
+        yield [exporter]
+    finally:
+        exporter.close()
 
 
 @dataclass
@@ -246,8 +268,10 @@ class Run:
 # ---------------------------------------------------------------------------------------------------- training
 
 
-def train(job: Job, run: Run, console: Console) -> None:
+def train(job: Job, run: Run, console: Console, callbacks: Sequence[TrainerCallback] = ()) -> None:
     """Trains in place, from the run's newest checkpoint where it has one, and leaves the trained model.
+
+    callbacks: of the Trainer, beside those that write lines and draw the bar.
 
     Raises:
         UsageError: a checkpoint that is damaged or of another model; the message names the file.
@@ -255,21 +279,17 @@ def train(job: Job, run: Run, console: Console) -> None:
     """
     train = job.settings.train
     bar = ProgressCallback(console)
-    callbacks: list[Any] = [JsonlCallback(run.folder / METRICS), bar]
-    if train.prometheus_port is not None:
-        callbacks.append(PrometheusCallback(train.prometheus_port))
     with StopOnInterrupt() as stop, _shown_warnings(console):
         try:
             trainer = HRMTrainer(
                 job.model, job.rows, train, run.folder, pad=job.tokenizer.pad_token_id, steps=job.steps,
-                callbacks=callbacks,
+                callbacks=[JsonlCallback(run.folder / METRICS), bar, *callbacks],
             )  # fmt: skip
             trainer.add_callback(StopWhenAsked(stop, trainer.repeats))
             saved = checkpoints(run.folder)
             trainer.train(resume_from_checkpoint=str(saved[-1]) if saved else None)
         finally:
-            for callback in callbacks[1:]:
-                callback.close()
+            bar.close()
     done = trainer.state.global_step
     job.model.hrm.config = trainer.full_depth
     run.save_model()
