@@ -12,11 +12,11 @@ from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from accelerate.utils.memory import should_reduce_batch_size
 from omegaconf import OmegaConf
 from rich.console import Console
@@ -64,6 +64,23 @@ def on_first(processes: PartialState, make: Callable[[], T]) -> T:
     if told[1] is not None:
         raise told[1]
     return told[0]
+
+
+def on_each(processes: PartialState, make: Callable[[], T]) -> T:
+    """What `make` returns, once it has returned on every process; the UsageError or OSError of one is raised on all,
+    and says which process it is of, unless that is the first."""
+    if processes.num_processes == 1:
+        return make()
+    made, error = None, None
+    try:
+        made = make()
+    except (UsageError, OSError) as caught:
+        error = caught
+    for number, other in enumerate(gather_object([error])):
+        if other is not None:
+            kind = OSError if isinstance(other, OSError) else UsageError
+            raise other if number == 0 else kind(f"process {number}: {other}")
+    return cast(T, made)
 
 
 def new_run_folder(settings: Any, name: str) -> Path:

@@ -15,7 +15,6 @@ import torch
 from accelerate import PartialState
 from rich.console import Console
 from rich.logging import RichHandler
-from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from hrm import report
@@ -27,7 +26,7 @@ from hrm.profile.advice import available_memory, check_fits
 from hrm.profile.command import plan_training
 from hrm.running import Interrupted, StopOnInterrupt, TrainingError, locked, new_run_folder, on_first
 from hrm.runs import METRICS, append_line
-from hrm.saving import checkpoints
+from hrm.saving import checkpoints, unwritable
 from hrm.settings import (
     UsageError,
     check_length,
@@ -67,7 +66,7 @@ def _fine_tune(settings: Any, processes: PartialState, console: Console, exporte
     job.warn_of_memory(processes.num_processes, console)
     folder = on_first(processes, lambda: _folder(settings))
     report.print_start(console, job.model, job.backbone, len(job.rows), len(job.problems.held_out), folder)
-    run = Run(folder, job, console, main=processes.is_main_process)
+    run = Run(folder, job, console, processes)
     with locked(folder) if processes.is_main_process else nullcontext():
         run.evaluate_before(settings.eval.shots)
         train(job, run, console, exporter)
@@ -212,8 +211,8 @@ class Run:
     """A folder that holds what a training leaves: config.yaml, metrics.jsonl, checkpoints/ (to go on from),
     checkpoint/ (the trained model), answers and plots."""
 
-    def __init__(self, folder: Path, job: Job, console: Console, main: bool) -> None:
-        self.folder, self.job, self.console, self._main = folder, job, console, main
+    def __init__(self, folder: Path, job: Job, console: Console, processes: PartialState) -> None:
+        self.folder, self.job, self.console, self._processes = folder, job, console, processes
         self.evaluations: dict[str, Evaluation] = {}
 
     @property
@@ -223,19 +222,19 @@ class Run:
 
     def save_model(self) -> None:
         """Writes the model and its tokenizer, in place of an earlier one; every process takes part, for where each has
-        but a part of the weights."""
-        model = self.job.model
-        state = whole_state(model, keep=self._main) if is_sharded(model) else None
-        if not self._main:
-            return
+        but a part of the weights, and hears of what the first cannot write."""
+        model, main = self.job.model, self._processes.is_main_process
+        state = whole_state(model, keep=main) if is_sharded(model) else None
+
+        def write() -> None:
+            with unwritable(self.model_folder):
+                model.save_pretrained(self.model_folder, state_dict=state)
+                self.job.tokenizer.save_pretrained(self.model_folder)
+
         try:
-            model.save_pretrained(self.model_folder, state_dict=state)
-            self.job.tokenizer.save_pretrained(self.model_folder)
-        except (OSError, SafetensorError) as error:  # a full disk is either
-            raise TrainingError(
-                f"the trained model cannot be written to {self.model_folder}: {error}; with that mended, go on with "
-                f"run.resume={self.folder}"
-            ) from error
+            on_first(self._processes, write)
+        except UsageError as error:  # a full disk is no wrong usage
+            raise TrainingError(f"{error}; with that mended, go on with run.resume={self.folder}") from error
 
     def evaluate_before(self, shots: int) -> None:
         """Judges the untrained model; a run that goes on remembers how it was judged."""
@@ -259,7 +258,7 @@ class Run:
         known = Evaluation.read(path, self.job.problems.held_out)
         evaluation = self.evaluations[name] = known or judge()
         report.print_evaluation(self.console, name, evaluation)
-        if known is None and self._main:
+        if known is None and self._processes.is_main_process:
             values = {"event": "evaluation", "when": name, "step": step}
             append_line(self.folder / METRICS, {**values, "right": evaluation.right, "of": len(evaluation.scores)})
             evaluation.write(path)
@@ -293,7 +292,6 @@ def train(job: Job, run: Run, console: Console, callbacks: Sequence[TrainerCallb
     done = trainer.state.global_step
     job.model.hrm.config = trainer.full_depth
     run.save_model()
-    trainer.accelerator.wait_for_everyone()
     if done < job.steps or stop.asked:
         raise Interrupted(f"stopped after step {done} of {job.steps}; go on with run.resume={run.folder}")
 
