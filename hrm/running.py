@@ -25,29 +25,52 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from hrm.settings import UsageError
 
 T = TypeVar("T")
+_parted: list[Any] = []  # process groups that are over
 
 
-class TrainingError(RuntimeError):
+class _Ending(Exception):
+    """Ends a training; `alone`: in this process, while others may go on."""
+
+    def __init__(self, message: str, *, alone: bool = False) -> None:
+        super().__init__(message)
+        self.alone = alone
+
+
+class TrainingError(_Ending, RuntimeError):
     """Training cannot go on; the message says at which step, and which checkpoint is good."""
 
 
-class Interrupted(Exception):
+class Interrupted(_Ending):
     """The user stopped the training; the message says where its checkpoint is."""
 
 
 @contextmanager
 def joined_processes() -> Iterator[PartialState]:
-    """The processes of this training, joined where a launcher started several, until the `with` block ends.
+    """The processes of this training, joined where a launcher started several, until the `with` block ends; those that
+    were joined before (`PartialState()`) stay so, for a program that trains more than once.
 
     Errors that end all of them alike part them too; after any other, parting could wait for processes that go on.
     """
+    joined_before = _are_joined()
     processes = PartialState(cpu=not torch.cuda.is_available())
+
+    def part() -> None:
+        if _are_joined() and not joined_before:
+            # were a model's DDP the last to hold the group, it would wait for a thread of gloo that waits for the GIL
+            _parted.append(torch.distributed.group.WORLD)
+            processes.destroy_process_group()
+
     try:
         yield processes
-    except (UsageError, TrainingError, Interrupted):
-        processes.destroy_process_group()
+    except (UsageError, TrainingError, Interrupted) as error:
+        if not getattr(error, "alone", False):
+            part()
         raise
-    processes.destroy_process_group()
+    part()
+
+
+def _are_joined() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def on_first(processes: PartialState, make: Callable[[], T]) -> T:

@@ -6,7 +6,7 @@ import logging
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,16 @@ from hrm.modeling import HRMGemmaForCausalLM
 from hrm.monitor import JsonlCallback, ProgressCallback, PrometheusCallback, check_integrations
 from hrm.profile.advice import available_memory, check_fits
 from hrm.profile.command import plan_training
-from hrm.running import Interrupted, StopOnInterrupt, TrainingError, locked, new_run_folder, on_first
+from hrm.running import (
+    Interrupted,
+    StopOnInterrupt,
+    TrainingError,
+    joined_processes,
+    locked,
+    new_run_folder,
+    on_each,
+    on_first,
+)
 from hrm.runs import METRICS, append_line
 from hrm.saving import checkpoints, unwritable
 from hrm.settings import (
@@ -51,29 +60,35 @@ def fine_tune(settings: Any, console: Console) -> Path:
         TrainingError: the loss or its gradient was not finite too often, or there is too little memory for one row.
         Interrupted: Ctrl-C or SIGTERM during training; a checkpoint to go on from is in the run folder.
     """
-    processes = PartialState(cpu=not torch.cuda.is_available())
-    if not processes.is_main_process:
-        console = Console(quiet=True)
-    check_training(settings, processes.num_processes)
+    with joined_processes() as processes:
+        if not processes.is_main_process:
+            console = Console(quiet=True)
+        on_each(processes, lambda: _check(settings, processes.num_processes))
+        with _exporter(settings.train.prometheus_port, processes, console) as exporter:
+            return _fine_tune(settings, processes, console, exporter)
+
+
+def _check(settings: Any, processes: int) -> None:
+    check_training(settings, processes)
     check_sharding(settings)
     check_integrations(settings.train.report_to)
-    with _exporter(settings.train.prometheus_port, processes, console) as exporter:
-        return _fine_tune(settings, processes, console, exporter)
 
 
 def _fine_tune(settings: Any, processes: PartialState, console: Console, exporter: list[TrainerCallback]) -> Path:
-    job = Job.load(settings, console)
+    job = on_each(processes, lambda: Job.load(settings, console))
     job.warn_of_memory(processes.num_processes, console)
     folder = on_first(processes, lambda: _folder(settings))
     report.print_start(console, job.model, job.backbone, len(job.rows), len(job.problems.held_out), folder)
     run = Run(folder, job, console, processes)
-    with locked(folder) if processes.is_main_process else nullcontext():
+    with ExitStack() as held:
+        on_first(processes, lambda: held.enter_context(locked(folder)))
         run.evaluate_before(settings.eval.shots)
         train(job, run, console, exporter)
         try:
             run.evaluate_after()
         except KeyboardInterrupt as stop:
-            raise Interrupted(f"stopped while evaluating; the checkpoint is {run.model_folder}") from stop
+            message = f"stopped while evaluating; the checkpoint is {run.model_folder}"
+            raise Interrupted(message, alone=True) from stop
         if processes.is_main_process:
             report.print_outcome(console, run.evaluations, folder)
             report.plot_run(folder, run.evaluations)
@@ -87,7 +102,7 @@ def _exporter(port: int | None, processes: PartialState, console: Console) -> It
     if port is None:
         yield []
         return
-    exporter = PrometheusCallback(port, name="train.prometheus_port")
+    exporter = on_each(processes, lambda: PrometheusCallback(port, name="train.prometheus_port"))
     try:
         with _shown_warnings(console):
             on_first(processes, exporter.serve)

@@ -210,7 +210,8 @@ class HRMTrainer(Trainer):
         if self.args.world_size > 1:
             raise TrainingError(
                 f"out of memory on process {self.args.process_index} at step {self.state.global_step + 1}, with "
-                f"train.micro_batch={self.micro_batch}; with several processes it should be set lower by hand ({why})"
+                f"train.micro_batch={self.micro_batch}; with several processes it should be set lower by hand ({why})",
+                alone=True,
             )
         size = min(self.micro_batch, len(inputs.rows))
         if size == 1:

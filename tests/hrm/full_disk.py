@@ -17,6 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import hrm.training_state
 from hrm.cli import main
 from hrm.modeling import HRMGemmaForCausalLM
@@ -50,4 +52,5 @@ if __name__ == "__main__":
     fill_up(where)
     with contextlib.redirect_stderr(io.StringIO()) as said:
         status = main(words)
+    assert not torch.distributed.is_initialized()  # the processes have parted
     Path(folder, f"{os.environ['RANK']}.txt").write_text(f"{status} {said.getvalue()}")

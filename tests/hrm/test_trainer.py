@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,15 +23,15 @@ from safetensors.torch import load_file, save_file
 from tiny_backbone import TINY_CORE, save_tiny_backbone
 
 from hrm import HRMGemmaForCausalLM
-from hrm.batching import BatchPlan, micro_batches
+from hrm.batching import BatchPlan, StepRows, micro_batches
 from hrm.curriculum import SegmentGrowth
-from hrm.data import Template, encode, load_problems
+from hrm.data import Encoded, Template, encode, load_problems
 from hrm.loss import IGNORED
 from hrm.running import TrainingError, locked
 from hrm.saving import checkpoints
 from hrm.settings import TrainingSettings, UsageError, load_settings, load_training_settings
 from hrm.train import fine_tune, load_model, load_tokenizer
-from hrm.trainer import lr_factor, make_optimizer
+from hrm.trainer import HRMTrainer, lr_factor, make_optimizer
 
 Load = Callable[..., list[str]]
 QUIET = Console(quiet=True)
@@ -264,6 +265,15 @@ def test_out_of_memory_is_known_by_what_cuda_says(settings: Load, text: str, mon
 
     monkeypatch.setattr(HRMGemmaForCausalLM, "forward", small)
     assert [line["micro_batch"] for line in steps(run(settings("train.steps=1")))] == [2]
+
+
+def test_out_of_memory_in_one_of_several_processes_ends_that_one_alone() -> None:
+    trainer: Any = SimpleNamespace(
+        args=SimpleNamespace(world_size=2, process_index=1), state=SimpleNamespace(global_step=3), micro_batch=4
+    )
+    with pytest.raises(TrainingError, match=r"out of memory on process 1 at step 4, with train.micro_batch=4") as raised:
+        HRMTrainer._smaller(trainer, StepRows([(Encoded([1], [2]), 0)]), "why")
+    assert raised.value.alone
 
 
 def test_another_error_is_not_taken_for_want_of_memory(settings: Load, monkeypatch: pytest.MonkeyPatch) -> None:
