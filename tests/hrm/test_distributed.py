@@ -14,7 +14,7 @@ import pytest
 import torch
 from fsdp_worker import batch, make_model
 from safetensors.torch import load_file
-from test_trainer import assert_same, steps, weights
+from test_trainer import assert_same, assert_same_lines, steps, weights
 from tiny_backbone import TINY_CORE, save_tiny_backbone
 
 from hrm import HRMGemmaForCausalLM
@@ -67,6 +67,7 @@ def test_two_processes_train_as_one(place: Path, words: tuple[str, ...], request
     name = request.node.callspec.id
     one, two = (train(place, f"{name}-{n}", n, "train.steps=6", *words) for n in (1, 2))
     assert_same(weights(one), weights(two), tolerance=2e-4)
+    assert_same_lines(steps(one), steps(two))  # losses of segments, Q values, residuals: of all processes' tokens
     for a, b in zip(steps(one), steps(two), strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
