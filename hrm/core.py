@@ -81,6 +81,7 @@ class CoreOutput(NamedTuple):
     # that go on; None with a cache
     ahead: Segment | None = None  # one more segment, without graph, for its Q values alone; where `look_ahead` asked
     documents: Tensor | None = None  # (B, S) int64, numbered in each row; None where rows are not packed
+    residual_tokens: Tensor | None = None  # (M,) int64, tokens that each of `residuals` is a mean over
 
 
 @dataclass
@@ -369,7 +370,7 @@ class HRMCore(nn.Module):
         by_token, real, steps = halting and not self.training, rule.real, carry.steps[:, None].expand(rule.real.shape)
         running = Running(context, carry.z_l.flatten(0, 1), carry.z_h.flatten(0, 1), steps, mixing)
         halted = restart = torch.zeros_like(real)  # restart: tokens whose row is over and starts anew
-        out, residuals, ahead = carry.z_h, [], None
+        out, residuals, going_on, ahead = carry.z_h, [], [], None
         done: list[Segment] = []
         for index in range(limit):
             old = running.z_l, running.z_h
@@ -385,7 +386,8 @@ class HRMCore(nn.Module):
             if keep_carry:
                 restart = (halted | ~real).all(1, keepdim=True).expand(real.shape) if halting else halted
                 new, running.steps, moved = self._hand_over(running.pick(restart), running.steps, old, new, weights)
-                residuals.append(_mean(moved, running.pick(real & ~restart)))
+                going_on.append(running.pick(real & ~restart))
+                residuals.append(_mean(moved, going_on[-1]))
             running.z_l, running.z_h = new
             left = real & ~halted
             if halting and not (running.keep(left) if by_token else left.any()):
@@ -398,7 +400,8 @@ class HRMCore(nn.Module):
         if not keep_carry:
             return CoreOutput(done, out, used)
         carry = self._carry(running, restart[:, 0].clone())
-        return CoreOutput(done, out, used, carry, torch.stack(residuals), ahead, rule.documents)
+        counts = torch.stack([tokens.sum() for tokens in going_on])
+        return CoreOutput(done, out, used, carry, torch.stack(residuals), ahead, rule.documents, counts)
 
     def _one_segment(
         self,

@@ -61,6 +61,8 @@ class HRMGemmaConfig(PreTrainedConfig):
         "segments_used",
         "token_segments",
         "residuals",
+        "segment_tokens",
+        "residual_tokens",
     ]
 
     def __init__(
@@ -117,6 +119,8 @@ class HRMOutput(ModelOutput):
     segments_used: Tensor | None = None  # () float32, mean over real tokens
     token_segments: Tensor | None = None  # (B, S) int32, segments that each token ran; 0 for padding
     residuals: Tensor | None = None  # (M, 2) float32, mean relative change of z_L and z_H; None with a cache
+    segment_tokens: Tensor | None = None  # (M,) int64, scored tokens that ran each segment; with labels
+    residual_tokens: Tensor | None = None  # (M,) int64, tokens that each of `residuals` is a mean over
     hidden_states: tuple[Tensor, ...] | None = None  # the backbone's
     attentions: tuple[Tensor, ...] | None = None  # the backbone's
 
@@ -416,6 +420,7 @@ class HRMGemmaForCausalLM(PreTrainedModel, GenerationMixin):
             segments_used=core.segments_used.sum() / (core.segments_used > 0).sum().clamp_min(1),
             token_segments=core.segments_used,
             residuals=core.residuals,
+            residual_tokens=core.residual_tokens,
             hidden_states=inputs.hidden_states,
             attentions=inputs.attentions,
         )
@@ -445,6 +450,7 @@ class HRMGemmaForCausalLM(PreTrainedModel, GenerationMixin):
         scores = [self._score(segment.z_h.flatten(0, 1)[rows], h, wanted) for segment in core.segments]
         losses = torch.stack([score.loss for score in scores])
         output.segment_losses = torch.stack([masked_mean(*part) for part in zip(losses.detach(), active, strict=True)])
+        output.segment_tokens = active.sum(1)
         output.loss = token_mean(losses, active, self._segment_weights(core)).sum() / items
         if not config.act:
             return

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
 from rich.progress import Progress, TaskID
 from transformers import TrainerCallback, TrainerState
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
+from hrm.data import first_line
 from hrm.running import progress_bar
 from hrm.runs import append_line, forget_after
 from hrm.settings import UsageError
@@ -105,32 +107,35 @@ class PrometheusCallback(TrainerCallback):
     Args:
         port: from 0 to 65535; 0 takes a free one, which is logged once and part of `url`.
         host: address to listen on; anyone who reaches it can read the metrics.
+        name: what error messages call the port.
 
     Raises:
-        UsageError: `port` makes no sense, or prometheus-client is not installed; where serving starts, with the
-            Trainer: the address cannot be listened on.
+        UsageError: `port` makes no sense, or prometheus-client is not installed; where serving starts, with `serve` or
+            the Trainer: the address cannot be listened on.
     """
 
-    def __init__(self, port: int, host: str = "127.0.0.1") -> None:
+    def __init__(self, port: int, host: str = "127.0.0.1", *, name: str = "port") -> None:
         if not 0 <= port <= 65535:
-            raise UsageError(f"port is {port}; it should be from 0 (any free one) to 65535")
+            raise UsageError(f"{name} is {port}; it should be from 0 (any free one) to 65535")
         try:
             import prometheus_client  # noqa: F401
         except ImportError as error:
             raise UsageError(
-                'serving metrics needs the package prometheus-client; pip install "hrm-kernels[monitor]"'
+                f"{name} is {port}, and serving metrics needs the package prometheus-client; "
+                'pip install "hrm-kernels[monitor]"'
             ) from error
-        self.port, self.host = port, host
+        self.port, self.host, self._name = port, host, name
         self.url: str | None = None
         """Where the metrics are served; None: they are not."""
         self._server: Any = None
         self._values: dict[str, dict[str, float]] = {}  # of each metric: its label's values and theirs
 
     def on_init_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self._serve(state)  # before minutes of loading: a port in use is known at once
+        self.on_train_begin(args, state, control)  # a port in use is known at once
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self._serve(state)
+        if state.is_world_process_zero:
+            self.serve()
 
     def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         logs = {**kwargs["logs"], "step": state.global_step}
@@ -162,8 +167,9 @@ class PrometheusCallback(TrainerCallback):
             thread.join()
             self._server = self.url = None
 
-    def _serve(self, state: TrainerState) -> None:
-        if self._server is not None or not state.is_world_process_zero:
+    def serve(self) -> None:
+        """Starts serving, unless it has begun; a Trainer does so too, but it may be minutes until there is one."""
+        if self._server is not None:
             return
         from prometheus_client import CollectorRegistry, start_http_server
 
@@ -174,7 +180,7 @@ class PrometheusCallback(TrainerCallback):
             self._server = start_http_server(self.port, addr=self.host, registry=registry)
         except OSError as error:
             raise UsageError(
-                f"port is {self.port}, and metrics cannot be served on it at {self.host}: {error.strerror}; "
+                f"{self._name} is {self.port}, and metrics cannot be served on it at {self.host}: {error.strerror}; "
                 "it should be a free one, or 0 for any"
             ) from error
         self.url = f"http://{self.host}:{self._server[0].server_port}/metrics"
@@ -190,6 +196,27 @@ def _values(exported: Exported, logs: Mapping[str, float]) -> dict[str, float]:
         for key, value in logs.items()
         if (match := re.fullmatch(pattern, key))
     }
+
+
+# ---------------------------------------------------------------------------------------------------- integrations
+
+
+def check_integrations(names: Sequence[str]) -> None:
+    """Makes each of the Trainer's integrations once, which costs no more than importing its package.
+
+    Raises:
+        UsageError: transformers has no such integration, or its package is not installed; train.report_to is named.
+    """
+    if list(names) in (["all"], ["none"]):
+        return
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+            raise UsageError(f"train.report_to has {name!r}; it should be a list of {known}")
+        try:
+            INTEGRATION_TO_CALLBACK[name]()
+        except (ImportError, RuntimeError) as error:
+            raise UsageError(f"train.report_to has {name!r}, which cannot be used: {first_line(error)}") from error
 
 
 # ---------------------------------------------------------------------------------------------------- progress bar

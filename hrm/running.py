@@ -12,11 +12,12 @@ from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils.memory import should_reduce_batch_size
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -24,29 +25,52 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from hrm.settings import UsageError
 
 T = TypeVar("T")
+_parted: list[Any] = []  # process groups that are over
 
 
-class TrainingError(RuntimeError):
+class _Ending(Exception):
+    """Ends a training; `alone`: in this process, while others may go on."""
+
+    def __init__(self, message: str, *, alone: bool = False) -> None:
+        super().__init__(message)
+        self.alone = alone
+
+
+class TrainingError(_Ending, RuntimeError):
     """Training cannot go on; the message says at which step, and which checkpoint is good."""
 
 
-class Interrupted(Exception):
+class Interrupted(_Ending):
     """The user stopped the training; the message says where its checkpoint is."""
 
 
 @contextmanager
 def joined_processes() -> Iterator[PartialState]:
-    """The processes of this training, joined where a launcher started several, until the `with` block ends.
+    """The processes of this training, joined where a launcher started several, until the `with` block ends; those that
+    were joined before (`PartialState()`) stay so, for a program that trains more than once.
 
     Errors that end all of them alike part them too; after any other, parting could wait for processes that go on.
     """
+    joined_before = _are_joined()
     processes = PartialState(cpu=not torch.cuda.is_available())
+
+    def part() -> None:
+        if _are_joined() and not joined_before:
+            # were a model's DDP the last to hold the group, it would wait for a thread of gloo that waits for the GIL
+            _parted.append(torch.distributed.group.WORLD)
+            processes.destroy_process_group()
+
     try:
         yield processes
-    except (UsageError, TrainingError, Interrupted):
-        processes.destroy_process_group()
+    except (UsageError, TrainingError, Interrupted) as error:
+        if not getattr(error, "alone", False):
+            part()
         raise
-    processes.destroy_process_group()
+    part()
+
+
+def _are_joined() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def on_first(processes: PartialState, make: Callable[[], T]) -> T:
@@ -63,6 +87,23 @@ def on_first(processes: PartialState, make: Callable[[], T]) -> T:
     if told[1] is not None:
         raise told[1]
     return told[0]
+
+
+def on_each(processes: PartialState, make: Callable[[], T]) -> T:
+    """What `make` returns, once it has returned on every process; the UsageError or OSError of one is raised on all,
+    and says which process it is of, unless that is the first."""
+    if processes.num_processes == 1:
+        return make()
+    made, error = None, None
+    try:
+        made = make()
+    except (UsageError, OSError) as caught:
+        error = caught
+    for number, other in enumerate(gather_object([error])):
+        if other is not None:
+            kind = OSError if isinstance(other, OSError) else UsageError
+            raise other if number == 0 else kind(f"process {number}: {other}")
+    return cast(T, made)
 
 
 def new_run_folder(settings: Any, name: str) -> Path:
@@ -146,6 +187,25 @@ def progress_bar(console: Console) -> Progress:
     text = TextColumn("{task.fields[text]}")
     return Progress(TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), text,
                     console=console)  # fmt: skip
+
+
+NO_MEMORY = (  # what the list of accelerate lacks
+    "CUDA error: out of memory",
+    "Triton Error [CUDA]: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "unable to find an engine",  # cuDNN, where each engine asks for more memory than is left
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether fewer rows at a time may help: by its type, or by what CUDA's libraries say in a RuntimeError."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    if not isinstance(error, RuntimeError):
+        return False
+    text = str(error)
+    return any(part in text for part in NO_MEMORY) or should_reduce_batch_size(RuntimeError(text))
 
 
 def peak_memory(device: torch.device) -> float:

@@ -8,7 +8,8 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -92,25 +93,43 @@ def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     Raises:
         UsageError: it cannot be written; what `folder` held before is still there.
     """
+    with unwritable(folder):
+        place = new_place(folder)
+        try:
+            fill(place)
+            put_in_place(place, folder)
+        except BaseException:
+            shutil.rmtree(place, ignore_errors=True)
+            raise
+
+
+def new_place(folder: Path) -> Path:
+    """Makes a folder beside `folder`, whose files `put_in_place` gives its name."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     for left in folder.parent.glob(".writing-*"):  # of a process that was killed
         shutil.rmtree(left, ignore_errors=True)
-    place = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder.parent))
+    return Path(tempfile.mkdtemp(prefix=".writing-", dir=folder.parent))
+
+
+def put_in_place(place: Path, folder: Path) -> None:
+    """Adds a manifest to the files in `place`, waits until the disk has them, and renames `place` to `folder`."""
+    write_json(place / MANIFEST, {path.name: sha256_of(path) for path in sorted(place.iterdir())})
+    for path in (*place.iterdir(), place):
+        _to_disk(path)
+    place.chmod(0o755)
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(place, folder)
+    _to_disk(folder.parent)
+
+
+@contextmanager
+def unwritable(folder: Path) -> Iterator[None]:
+    """Inside, what comes of a full disk and the like becomes a UsageError that names `folder`."""
     try:
-        fill(place)
-        write_json(place / MANIFEST, {path.name: sha256_of(path) for path in sorted(place.iterdir())})
-        for path in (*place.iterdir(), place):
-            _to_disk(path)
-        place.chmod(0o755)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(place, folder)
-        _to_disk(folder.parent)
-    except BaseException as error:
-        shutil.rmtree(place, ignore_errors=True)
-        if isinstance(error, (OSError, SafetensorError)):  # a full disk is either
-            raise UsageError(f"{folder} cannot be written: {error}") from error
-        raise
+        yield
+    except (OSError, SafetensorError) as error:  # a full disk is either
+        raise UsageError(f"{folder} cannot be written: {error}") from error
 
 
 def check_manifest(folder: Path) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,19 +15,27 @@ import torch
 from accelerate import PartialState
 from rich.console import Console
 from rich.logging import RichHandler
-from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from hrm import report
 from hrm.data import Encoded, Example, Problems, Template, bad_row_of, encode, first_line, load_problems
 from hrm.evaluate import Evaluation, commonest_answer, evaluate
 from hrm.modeling import HRMGemmaForCausalLM
-from hrm.monitor import JsonlCallback, ProgressCallback, PrometheusCallback
+from hrm.monitor import JsonlCallback, ProgressCallback, PrometheusCallback, check_integrations
 from hrm.profile.advice import available_memory, check_fits
 from hrm.profile.command import plan_training
-from hrm.running import Interrupted, StopOnInterrupt, TrainingError, locked, new_run_folder, on_first
+from hrm.running import (
+    Interrupted,
+    StopOnInterrupt,
+    TrainingError,
+    joined_processes,
+    locked,
+    new_run_folder,
+    on_each,
+    on_first,
+)
 from hrm.runs import METRICS, append_line
-from hrm.saving import checkpoints
+from hrm.saving import checkpoints, unwritable
 from hrm.settings import (
     UsageError,
     check_length,
@@ -52,27 +60,55 @@ def fine_tune(settings: Any, console: Console) -> Path:
         TrainingError: the loss or its gradient was not finite too often, or there is too little memory for one row.
         Interrupted: Ctrl-C or SIGTERM during training; a checkpoint to go on from is in the run folder.
     """
-    processes = PartialState(cpu=not torch.cuda.is_available())
-    if not processes.is_main_process:
-        console = Console(quiet=True)
-    check_training(settings, processes.num_processes)
+    with joined_processes() as processes:
+        if not processes.is_main_process:
+            console = Console(quiet=True)
+        on_each(processes, lambda: _check(settings, processes.num_processes))
+        with _exporter(settings.train.prometheus_port, processes, console) as exporter:
+            return _fine_tune(settings, processes, console, exporter)
+
+
+def _check(settings: Any, processes: int) -> None:
+    check_training(settings, processes)
     check_sharding(settings)
-    job = Job.load(settings, console)
+    check_integrations(settings.train.report_to)
+
+
+def _fine_tune(settings: Any, processes: PartialState, console: Console, exporter: list[TrainerCallback]) -> Path:
+    job = on_each(processes, lambda: Job.load(settings, console))
     job.warn_of_memory(processes.num_processes, console)
     folder = on_first(processes, lambda: _folder(settings))
     report.print_start(console, job.model, job.backbone, len(job.rows), len(job.problems.held_out), folder)
-    run = Run(folder, job, console, main=processes.is_main_process)
-    with locked(folder) if processes.is_main_process else nullcontext():
+    run = Run(folder, job, console, processes)
+    with ExitStack() as held:
+        on_first(processes, lambda: held.enter_context(locked(folder)))
         run.evaluate_before(settings.eval.shots)
-        train(job, run, console)
+        train(job, run, console, exporter)
         try:
             run.evaluate_after()
         except KeyboardInterrupt as stop:
-            raise Interrupted(f"stopped while evaluating; the checkpoint is {run.model_folder}") from stop
+            message = f"stopped while evaluating; the checkpoint is {run.model_folder}"
+            raise Interrupted(message, alone=True) from stop
         if processes.is_main_process:
             report.print_outcome(console, run.evaluations, folder)
             report.plot_run(folder, run.evaluations)
     return folder
+
+
+@contextmanager
+def _exporter(port: int | None, processes: PartialState, console: Console) -> Iterator[list[TrainerCallback]]:
+    """What serves metrics, if anything does: from the start of the `with` block, so that a port in use is told before
+    anything is loaded, to the end of training."""
+    if port is None:
+        yield []
+        return
+    exporter = on_each(processes, lambda: PrometheusCallback(port, name="train.prometheus_port"))
+    try:
+        with _shown_warnings(console):
+            on_first(processes, exporter.serve)
+        yield [exporter]
+    finally:
+        exporter.close()
 
 
 @dataclass
@@ -190,8 +226,8 @@ class Run:
     """A folder that holds what a training leaves: config.yaml, metrics.jsonl, checkpoints/ (to go on from),
     checkpoint/ (the trained model), answers and plots."""
 
-    def __init__(self, folder: Path, job: Job, console: Console, main: bool) -> None:
-        self.folder, self.job, self.console, self._main = folder, job, console, main
+    def __init__(self, folder: Path, job: Job, console: Console, processes: PartialState) -> None:
+        self.folder, self.job, self.console, self._processes = folder, job, console, processes
         self.evaluations: dict[str, Evaluation] = {}
 
     @property
@@ -201,19 +237,19 @@ class Run:
 
     def save_model(self) -> None:
         """Writes the model and its tokenizer, in place of an earlier one; every process takes part, for where each has
-        but a part of the weights."""
-        model = self.job.model
-        state = whole_state(model, keep=self._main) if is_sharded(model) else None
-        if not self._main:
-            return
+        but a part of the weights, and hears of what the first cannot write."""
+        model, main = self.job.model, self._processes.is_main_process
+        state = whole_state(model, keep=main) if is_sharded(model) else None
+
+        def write() -> None:
+            with unwritable(self.model_folder):
+                model.save_pretrained(self.model_folder, state_dict=state)
+                self.job.tokenizer.save_pretrained(self.model_folder)
+
         try:
-            model.save_pretrained(self.model_folder, state_dict=state)
-            self.job.tokenizer.save_pretrained(self.model_folder)
-        except (OSError, SafetensorError) as error:  # a full disk is either
-            raise TrainingError(
-                f"the trained model cannot be written to {self.model_folder}: {error}; with that mended, go on with "
-                f"run.resume={self.folder}"
-            ) from error
+            on_first(self._processes, write)
+        except UsageError as error:  # a full disk is no wrong usage
+            raise TrainingError(f"{error}; with that mended, go on with run.resume={self.folder}") from error
 
     def evaluate_before(self, shots: int) -> None:
         """Judges the untrained model; a run that goes on remembers how it was judged."""
@@ -237,7 +273,7 @@ class Run:
         known = Evaluation.read(path, self.job.problems.held_out)
         evaluation = self.evaluations[name] = known or judge()
         report.print_evaluation(self.console, name, evaluation)
-        if known is None and self._main:
+        if known is None and self._processes.is_main_process:
             values = {"event": "evaluation", "when": name, "step": step}
             append_line(self.folder / METRICS, {**values, "right": evaluation.right, "of": len(evaluation.scores)})
             evaluation.write(path)
@@ -246,8 +282,10 @@ class Run:
 # ---------------------------------------------------------------------------------------------------- training
 
 
-def train(job: Job, run: Run, console: Console) -> None:
+def train(job: Job, run: Run, console: Console, callbacks: Sequence[TrainerCallback] = ()) -> None:
     """Trains in place, from the run's newest checkpoint where it has one, and leaves the trained model.
+
+    callbacks: of the Trainer, beside those that write lines and draw the bar.
 
     Raises:
         UsageError: a checkpoint that is damaged or of another model; the message names the file.
@@ -255,25 +293,20 @@ def train(job: Job, run: Run, console: Console) -> None:
     """
     train = job.settings.train
     bar = ProgressCallback(console)
-    callbacks: list[Any] = [JsonlCallback(run.folder / METRICS), bar]
-    if train.prometheus_port is not None:
-        callbacks.append(PrometheusCallback(train.prometheus_port))
     with StopOnInterrupt() as stop, _shown_warnings(console):
         try:
             trainer = HRMTrainer(
                 job.model, job.rows, train, run.folder, pad=job.tokenizer.pad_token_id, steps=job.steps,
-                callbacks=callbacks,
+                callbacks=[JsonlCallback(run.folder / METRICS), bar, *callbacks],
             )  # fmt: skip
             trainer.add_callback(StopWhenAsked(stop, trainer.repeats))
             saved = checkpoints(run.folder)
             trainer.train(resume_from_checkpoint=str(saved[-1]) if saved else None)
         finally:
-            for callback in callbacks[1:]:
-                callback.close()
+            bar.close()
     done = trainer.state.global_step
     job.model.hrm.config = trainer.full_depth
     run.save_model()
-    trainer.accelerator.wait_for_everyone()
     if done < job.steps or stop.asked:
         raise Interrupted(f"stopped after step {done} of {job.steps}; go on with run.resume={run.folder}")
 

@@ -7,13 +7,13 @@ import hashlib
 import logging
 import math
 import time
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -24,7 +24,7 @@ from hrm.curriculum import SegmentGrowth, set_depth, stages
 from hrm.data import Encoded
 from hrm.loss import IGNORED
 from hrm.modeling import HRMGemmaForCausalLM, HRMOutput
-from hrm.running import TrainingError, peak_memory
+from hrm.running import TrainingError, is_out_of_memory, peak_memory
 from hrm.saving import checkpoint_folder, checkpoints, remove_old_checkpoints, step_of
 from hrm.settings import UsageError
 from hrm.sharding import here, set_up_sharding, whole
@@ -70,7 +70,7 @@ class HRMTrainer(Trainer):
         self.skipped, self.skipped_in_row, self._first_bad, self._why = 0, 0, 0, ""
         self._carries: list[HRMCarry] = []
         self._halted: list[Tensor] = []
-        self._seen = Measurements()
+        self._seen = Measurements(self.segments)
         self._limit = self.segments
         if settings.gradient_checkpointing:
             model.gradient_checkpointing_enable()
@@ -138,7 +138,9 @@ class HRMTrainer(Trainer):
             try:
                 loss = self._gradients(model, inputs)
                 break
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
                 why = str(error)
             self._smaller(inputs, why)  # outside: the exception holds on to the failed pass
             model.zero_grad(set_to_none=True)
@@ -208,7 +210,8 @@ class HRMTrainer(Trainer):
         if self.args.world_size > 1:
             raise TrainingError(
                 f"out of memory on process {self.args.process_index} at step {self.state.global_step + 1}, with "
-                f"train.micro_batch={self.micro_batch}; with several processes it should be set lower by hand ({why})"
+                f"train.micro_batch={self.micro_batch}; with several processes it should be set lower by hand ({why})",
+                alone=True,
             )
         size = min(self.micro_batch, len(inputs.rows))
         if size == 1:
@@ -361,27 +364,29 @@ class HRMTrainer(Trainer):
 
 
 class Measurements:
-    """Sums of what steps measure, on the device until they are read."""
+    """What each step measures, on the device until it is read.
 
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = defaultdict(int)
-        self._tokens: int | Tensor = 0
+    A step is one vector of sums and of what they are sums over, which is the same on all processes, whatever segments
+    their rows ran: so parts of a batch, on any process, add up to the batch.
+
+    Args:
+        segments: the most that a batch runs.
+    """
+
+    def __init__(self, segments: int) -> None:
+        self._segments = segments
+        self._steps: list[Tensor] = []  # since the last reading
         self._since = time.perf_counter()
         self._losses: list[Tensor] = []
-        self._noted: list[tuple[Any, dict[str, Tensor]]] = []
+        self._parts: list[Tensor] = []
 
     def begin_step(self) -> None:
         """What an attempt that ran out of memory has noted is forgotten."""
-        self._losses, self._noted = [], []
+        self._losses, self._parts = [], []
 
     def end_step(self) -> None:
-        """Adds what the step has noted."""
-        for tokens, values in self._noted:
-            self._tokens += tokens
-            for name, value in values.items():
-                self._sums[name] = self._sums.get(name, 0) + value.detach().float()
-                self._counts[name] += 1
+        """Keeps what the step has noted."""
+        self._steps.append(torch.stack(self._parts).sum(0))
 
     @property
     def loss(self) -> float:
@@ -390,32 +395,56 @@ class Measurements:
 
     def add(self, output: HRMOutput, part: dict[str, Tensor], before: int = 0) -> None:
         """Takes note of one forward pass, whose first segment is the batch's segment `before` + 1."""
-        assert output.loss is not None and output.segment_losses is not None and output.segments_used is not None
+        assert output.loss is not None and output.segment_losses is not None and output.segment_tokens is not None
+        assert output.segments_used is not None
         self._losses.append(output.loss.detach())
-        tokens = part["input_ids"].numel() if "attention_mask" not in part else part["attention_mask"].sum()
-        values = {"segments": output.segments_used + before}
-        values |= {f"segment_loss_{m}": loss for m, loss in enumerate(output.segment_losses, before + 1)}
-        if output.residuals is not None:
-            # where all rows ended nothing went on to be measured: the segment before is the last that was
-            last = ((output.residuals > 0).all(1).sum() - 1).clamp_min(0)
-            values |= dict(zip(("residual_l", "residual_h"), output.residuals[last], strict=True))
-            for m, (residual_l, residual_h) in enumerate(output.residuals, before + 1):
-                values |= {f"residual_l_{m}": residual_l, f"residual_h_{m}": residual_h}
-        if output.q is not None:
-            values |= {"q_halt": output.q[0], "q_continue": output.q[1]}
-        if output.q_loss is not None:
-            values["q_loss"] = output.q_loss.detach()
-        self._noted.append((tokens, values))
+        scored, zero = output.segment_tokens, torch.zeros_like(output.segment_losses[0])
+        tokens = zero + (part["input_ids"].numel() if "attention_mask" not in part else part["attention_mask"].sum())
+        q = torch.zeros(2, device=zero.device) if output.q is None else output.q
+        q_tokens = zero if output.q is None else scored.sum()
+        q_loss = zero if output.q_loss is None else output.q_loss.detach()
+        whole = [(output.segments_used + before) * tokens, tokens, *(q * q_tokens), q_tokens, q_loss]
+        moved, moved_tokens = output.residuals, output.residual_tokens
+        if moved is None or moved_tokens is None:
+            moved, moved_tokens = torch.zeros(len(scored), 2, device=zero.device), torch.zeros_like(scored)
+        each = [output.segment_losses * scored, scored, *(moved * moved_tokens[:, None]).unbind(1), moved_tokens]
+        after = self._segments - before - len(scored)
+        table = F.pad(torch.stack([row.float() for row in each]), (before, after))
+        self._parts.append(torch.cat((torch.stack([value.float() for value in whole]), table.flatten())).detach())
 
-    def read(self, over_processes: Any) -> dict[str, float]:
-        """Means over the passes since the last reading, and tokens a second over all processes."""
+    def read(self, over_processes: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Means over the steps since the last reading, and tokens a second; of all processes, which read together.
+
+        over_processes: the sum of a tensor over them.
+        """
         now = time.perf_counter()
-        means = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
-        means = {name: mean for name, mean in means.items() if mean or not name.startswith("residual")}
-        speed = float(over_processes(self._tokens)) / (now - self._since)
-        self._sums, self._tokens, self._since = {}, 0, now
-        self._counts.clear()
-        return {**means, "tokens_per_second": speed}
+        if not self._steps:  # in no process
+            steps = []
+        else:
+            steps = [self._means(step) for step in over_processes(torch.stack(self._steps)).double().cpu()]
+        tokens = sum(step.pop("tokens") for step in steps)
+        speed = tokens / (now - self._since)
+        self._steps, self._since = [], now
+        found: dict[str, list[float]] = {}
+        for step in steps:
+            for name, value in step.items():
+                found.setdefault(name, []).append(value)
+        return {**{name: sum(values) / len(values) for name, values in found.items()}, "tokens_per_second": speed}
+
+    def _means(self, step: Tensor) -> dict[str, float]:
+        """A step's values by name; one that is a mean over nothing is left out."""
+        segments, tokens, q_halt, q_continue, q_tokens, q_loss = step[:6].tolist()
+        values = {"tokens": tokens, "segments": segments / tokens}
+        rows = enumerate(step[6:].view(-1, self._segments).T.tolist(), 1)
+        for m, (loss, scored, moved_l, moved_h, moved) in rows:
+            if scored:
+                values[f"segment_loss_{m}"] = loss / scored
+            if moved:
+                last = {"residual_l": moved_l / moved, "residual_h": moved_h / moved}
+                values |= last | {f"{name}_{m}": value for name, value in last.items()}
+        if q_tokens:
+            values |= {"q_halt": q_halt / q_tokens, "q_continue": q_continue / q_tokens, "q_loss": q_loss}
+        return values
 
 
 def digest_rows(rows: Sequence[Encoded]) -> str:

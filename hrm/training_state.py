@@ -13,18 +13,29 @@ Nothing is pickled. A checkpoint is written between batches, when no carry is un
 from __future__ import annotations
 
 import random
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate import PartialState
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
-from hrm.saving import check_manifest, read_json, read_tensors, replace_folder, write_json, write_tensors
+from hrm.running import on_each, on_first
+from hrm.saving import (
+    check_manifest,
+    new_place,
+    put_in_place,
+    read_json,
+    read_tensors,
+    unwritable,
+    write_json,
+    write_tensors,
+)
 from hrm.settings import UsageError
 from hrm.sharding import whole
 
@@ -38,30 +49,33 @@ def save_training(trainer: HRMTrainer, folder: Path) -> None:
     """Writes `folder`; every process takes part, the first one puts it in place.
 
     Raises:
-        UsageError: it cannot be written, for want of space say; what was there before still is.
+        UsageError: one of the processes cannot write, for want of space say; all are told, and what was there before
+            still is.
     """
     # gathered here from all processes, where each has a part
     weights = {name: whole(tensor) for name, tensor in _trained(trainer.model_wrapped).items()}
     tensors, numbers = _optimizer_state(trainer)
-    if not trainer.is_world_process_zero():
-        _write_rank(trainer, Path(_told(None)))
-        trainer.accelerator.wait_for_everyone()  # the files of all processes are there
-        trainer.accelerator.wait_for_everyone()  # the folder has its name
-        return
+    processes, told = PartialState(), unwritable(folder)
 
-    def fill(place: Path) -> None:
-        _told(str(place))
+    def write() -> None:
         _write_rank(trainer, place)
+        if not processes.is_main_process:
+            return
         write_tensors(place / MODEL, weights)
         write_tensors(place / OPTIMIZER, tensors)
         write_json(place / NUMBERS, numbers)
         trainer.state.save_to_json(str(place / TRAINER_STATE_NAME))
         progress = {"world": trainer.args.world_size, "schedule": _schedule(trainer)}
         write_json(place / PROGRESS, {**progress, **trainer.progress()})
-        trainer.accelerator.wait_for_everyone()
 
-    replace_folder(folder, fill)
-    trainer.accelerator.wait_for_everyone()
+    place = on_first(processes, told(lambda: new_place(folder)))
+    try:
+        on_each(processes, told(write))
+        on_first(processes, told(lambda: put_in_place(place, folder)))
+    except BaseException:
+        if processes.is_main_process:
+            shutil.rmtree(place, ignore_errors=True)
+        raise
 
 
 def check_training(folder: Path) -> None:
@@ -196,10 +210,3 @@ def _write_rank(trainer: HRMTrainer, place: Path) -> None:
     write_tensors(place / f"rank-{rank}.safetensors", tensors)
     numbers = {"python": random.getstate(), "numpy": [kind, position, has_gauss, cached]}
     write_json(place / f"rank-{rank}.json", numbers)
-
-
-def _told(place: str | None) -> str:
-    """The first process's `place`, on every process."""
-    heard: list[Any] = [place]
-    broadcast_object_list(heard)
-    return heard[0]

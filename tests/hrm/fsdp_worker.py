@@ -49,9 +49,8 @@ def trainer_of(model: Any, optimizer: Any, rank: int, world: int) -> Any:
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     return SimpleNamespace(
         model_wrapped=model, core_model=SimpleNamespace(replay=ReplayBuffer(4)), optimizer=optimizer,
-        lr_scheduler=schedule, is_world_process_zero=lambda: rank == 0, progress=dict, load_progress=lambda _: None,
+        lr_scheduler=schedule, progress=dict, load_progress=lambda _: None,
         create_scheduler=lambda steps: schedule,
-        accelerator=SimpleNamespace(wait_for_everyone=dist.barrier),
         args=SimpleNamespace(process_index=rank, world_size=world, device=torch.device("cpu"), max_steps=1, seed=0),
         state=SimpleNamespace(save_to_json=lambda path: Path(path).write_text("{}")),
     )  # fmt: skip

@@ -14,11 +14,11 @@ import pytest
 import torch
 from fsdp_worker import batch, make_model
 from safetensors.torch import load_file
-from test_trainer import assert_same, steps, weights
+from test_trainer import assert_same, assert_same_lines, steps, weights
 from tiny_backbone import TINY_CORE, save_tiny_backbone
 
 from hrm import HRMGemmaForCausalLM
-from hrm.saving import checkpoints
+from hrm.saving import check_manifest, checkpoints
 from hrm.settings import UsageError, load_training_settings
 from hrm.sharding import check_sharding
 
@@ -67,6 +67,7 @@ def test_two_processes_train_as_one(place: Path, words: tuple[str, ...], request
     name = request.node.callspec.id
     one, two = (train(place, f"{name}-{n}", n, "train.steps=6", *words) for n in (1, 2))
     assert_same(weights(one), weights(two), tolerance=2e-4)
+    assert_same_lines(steps(one), steps(two))  # losses of segments, Q values, residuals: of all processes' tokens
     for a, b in zip(steps(one), steps(two), strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
@@ -83,6 +84,29 @@ def test_a_run_goes_on_with_another_number_of_processes(place: Path) -> None:
     train(place, "cut", 1, f"run.resume={cut}")
     assert_same(weights(straight), weights(cut), tolerance=2e-4)
     assert [line["step"] for line in steps(cut)] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("optimizer.safetensors", "step-00000004 cannot be written: "),
+        ("rank-1.safetensors", "process 1: {run}/checkpoints/step-00000004 cannot be written: "),
+        ("new_place", "step-00000004 cannot be written: "),
+        ("save_pretrained", "{run}/checkpoint cannot be written: "),
+    ],
+)
+def test_a_full_disk_of_one_process_ends_all_with_the_same_message(
+    place: Path, tmp_path: Path, where: str, message: str
+) -> None:
+    program = str(TESTS / "full_disk.py"), str(tmp_path), where
+    folder = train(place, f"full-{where}", 2, "train.steps=5", "hrm.segments=2", program=program)
+    one, other = ((tmp_path / f"{rank}.txt").read_text() for rank in (0, 1))  # a process that is killed writes none
+    assert one == other and one.startswith("1 hrm: ")
+    assert message.format(run=folder) in one and "No space left on device" in one
+    assert one.endswith(f"; with that mended, go on with run.resume={folder}\n")
+    left = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert left == (["step-00000004", "step-00000005"] if where == "save_pretrained" else ["step-00000002"])
+    check_manifest(checkpoints(folder)[-1])
 
 
 @pytest.fixture(scope="module", params=["gemma3_text", "qwen3"])  # embeddings tied to the head, and not

@@ -20,9 +20,10 @@ from rich.console import Console
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
 
-from hrm.monitor import COUNTERS, GAUGES, JsonlCallback, ProgressCallback, PrometheusCallback
+from hrm.monitor import COUNTERS, GAUGES, JsonlCallback, ProgressCallback, PrometheusCallback, check_integrations
 from hrm.runs import read_lines
-from hrm.settings import UsageError
+from hrm.settings import UsageError, load_training_settings
+from hrm.train import Job, fine_tune
 
 DASHBOARD = Path(__file__).parents[2] / "docs" / "grafana" / "hrm-dashboard.json"
 LOGS = {
@@ -222,6 +223,51 @@ def test_a_port_in_use_is_named(served):
         port = taken.getsockname()[1]
         with pytest.raises(UsageError, match=rf"port is {port}, .* at 127.0.0.1: Address already in use"):
             served(port)
+
+
+def before_loading(monkeypatch, *words):
+    """The UsageError that a training ends with before its backbone is looked at."""
+    monkeypatch.setattr(Job, "load", lambda *arguments: pytest.fail("it was told too late"))
+    with pytest.raises(UsageError) as error:
+        fine_tune(load_training_settings(words), Console(quiet=True))
+    return str(error.value)
+
+
+def test_a_training_is_told_of_a_port_in_use_before_it_loads_anything(exporter, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert before_loading(monkeypatch, f"train.prometheus_port={port}") == (
+            f"train.prometheus_port is {port}, and metrics cannot be served on it at 127.0.0.1: Address already in "
+            "use; it should be a free one, or 0 for any"
+        )
+
+
+def test_a_training_that_cannot_load_frees_its_port(exporter, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+
+    def load(*arguments):
+        assert scrape(f"http://127.0.0.1:{port}/metrics") == ""  # served from the start
+        raise UsageError("no backbone")
+
+    monkeypatch.setattr(Job, "load", load)
+    with pytest.raises(UsageError, match="no backbone"):
+        fine_tune(load_training_settings([f"train.prometheus_port={port}"]), Console(quiet=True))
+    with socket.create_server(("127.0.0.1", port)):
+        pass
+
+
+def test_a_training_is_told_of_integrations_that_are_missing_before_it_loads_anything(monkeypatch):
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: False)
+    message = before_loading(monkeypatch, "train.report_to=[wandb]")
+    assert message.startswith("train.report_to has 'wandb', which cannot be used: ") and "pip install wandb" in message
+    message = before_loading(monkeypatch, "train.report_to=[wandbee]")
+    assert message.startswith("train.report_to has 'wandbee'; it should be a list of ") and "wandb" in message
+
+
+def test_all_integrations_or_none_may_be_asked_for():
+    for names in ([], ["all"], ["none"]):
+        check_integrations(names)
 
 
 def test_a_port_that_makes_no_sense_is_refused():

@@ -1,10 +1,12 @@
 """What every training run needs around its loop."""
 
 import signal
+from types import SimpleNamespace
 
 import pytest
 
-from hrm.running import StopOnInterrupt
+from hrm.running import Interrupted, StopOnInterrupt, TrainingError, joined_processes
+from hrm.settings import UsageError
 
 
 @pytest.mark.parametrize("number", StopOnInterrupt.SIGNALS)
@@ -30,3 +32,49 @@ def test_handlers_are_put_back():
         signal.raise_signal(signal.SIGTERM)
     assert stop.asked
     assert [signal.getsignal(number) for number in StopOnInterrupt.SIGNALS] == before
+
+
+# ---------------------------------------------------------------------------------------------------- processes
+
+
+@pytest.fixture
+def group(monkeypatch):
+    """joined, parted: whether processes are joined, and how often they were parted."""
+    seen = SimpleNamespace(joined=False, parted=0)
+
+    def join(**kwargs):
+        seen.joined = True
+        return SimpleNamespace(destroy_process_group=part)
+
+    def part():
+        seen.joined, seen.parted = False, seen.parted + 1
+
+    monkeypatch.setattr("hrm.running.PartialState", join)
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: seen.joined)
+    return seen
+
+
+@pytest.mark.parametrize("error", [None, UsageError("x"), TrainingError("x"), Interrupted("x")])
+def test_processes_that_end_alike_are_parted(group, error):
+    try:
+        with joined_processes():
+            assert group.joined
+            if error is not None:
+                raise error
+    except type(error) as raised:
+        assert raised is error
+    assert group.parted == 1
+
+
+@pytest.mark.parametrize("error", [TrainingError("x", alone=True), Interrupted("x", alone=True), KeyError("x")])
+def test_a_process_that_ends_alone_does_not_wait_for_the_others(group, error):
+    with pytest.raises(type(error)), joined_processes():
+        raise error
+    assert group.parted == 0
+
+
+def test_processes_that_the_caller_has_joined_stay_joined(group):
+    group.joined = True
+    with joined_processes():
+        pass
+    assert group.joined and group.parted == 0

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,16 +22,16 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from tiny_backbone import TINY_CORE, save_tiny_backbone
 
-from hrm import HRMGemmaForCausalLM
-from hrm.batching import BatchPlan, micro_batches
+from hrm import HRMGemmaForCausalLM, HRMOutput
+from hrm.batching import BatchPlan, StepRows, micro_batches
 from hrm.curriculum import SegmentGrowth
-from hrm.data import Template, encode, load_problems
+from hrm.data import Encoded, Template, encode, load_problems
 from hrm.loss import IGNORED
 from hrm.running import TrainingError, locked
 from hrm.saving import checkpoints
 from hrm.settings import TrainingSettings, UsageError, load_settings, load_training_settings
 from hrm.train import fine_tune, load_model, load_tokenizer
-from hrm.trainer import lr_factor, make_optimizer
+from hrm.trainer import HRMTrainer, Measurements, lr_factor, make_optimizer
 
 Load = Callable[..., list[str]]
 QUIET = Console(quiet=True)
@@ -83,6 +84,13 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], to
     assert one.keys() == other.keys()
     for name, tensor in one.items():
         assert (tensor.double() - other[name]).norm() <= tolerance * tensor.double().norm(), name
+
+
+def assert_same_lines(one: list[dict[str, Any]], other: list[dict[str, Any]], tolerance: float = 1e-3) -> None:
+    """All but the size of a pass, to rounding: weights drift a little apart from step to step."""
+    for a, b in zip(one, other, strict=True):
+        a, b = ({name: value for name, value in line.items() if name != "micro_batch"} for line in (a, b))
+        assert b == {name: pytest.approx(v, rel=tolerance) if isinstance(v, float) else v for name, v in a.items()}
 
 
 # ---------------------------------------------------------------------------------------------------- what a step is
@@ -199,6 +207,40 @@ def test_a_batch_in_parts_learns_as_much(settings: Load, q_target: str) -> None:
     assert norms[1]["grad_norm"] == pytest.approx(norms[0]["grad_norm"], rel=0.02 if q_target == "replay" else 1e-3)
 
 
+@pytest.mark.parametrize("words", [("hrm.segments=2",), (*ACT[:2], "hrm.min_segments=2")], ids=["segments", "act"])
+def test_lines_are_of_the_whole_batch_however_it_is_cut(settings: Load, words: tuple[str, ...]) -> None:
+    arguments = settings(*words, "train.batch_size=8", "train.steps=4", "train.log_every=2")
+    whole, cut = (steps(run([*arguments, f"train.micro_batch={size}"])) for size in (8, 3))  # 3, 3 and 2 rows
+    assert_same_lines(whole, cut)
+    assert "residual_l_1" in whole[0] and ("q_loss" in whole[0]) == (words != ("hrm.segments=2",))
+
+
+def measured(losses: list[float], scored: list[int], moved: list[int], tokens: int) -> Measurements:
+    """A step of one pass of as many segments."""
+    output = HRMOutput(
+        loss=torch.tensor(1.0), segment_losses=torch.tensor(losses), segment_tokens=torch.tensor(scored),
+        segments_used=torch.tensor(sum(scored) / scored[0]), residuals=torch.tensor(losses)[:, None] * torch.ones(2),
+        residual_tokens=torch.tensor(moved), q=torch.tensor([losses[0], 0.0]), q_loss=torch.tensor(0.5),
+    )  # fmt: skip
+    seen = Measurements(4)
+    seen.begin_step()
+    seen.add(output, {"input_ids": torch.zeros(1, tokens), "attention_mask": torch.ones(1, tokens)})
+    seen.end_step()
+    return seen
+
+
+def test_processes_whose_rows_ran_different_segments_are_measured_as_one() -> None:
+    first, other = measured([3.0, 2.0, 1.0], [4, 2, 2], [6, 5, 0], tokens=6), measured([1.0], [12], [0], tokens=18)
+    read = first.read(lambda steps: steps + torch.stack(other._steps))
+    assert read.pop("tokens_per_second") > 0
+    assert read == pytest.approx({
+        "segments": (2 * 6 + 1 * 18) / 24, "segment_loss_1": (3 * 4 + 1 * 12) / 16, "segment_loss_2": 2,
+        "segment_loss_3": 1, "residual_l_1": 3, "residual_h_1": 3, "residual_l_2": 2, "residual_h_2": 2,
+        "residual_l": 2, "residual_h": 2, "q_halt": (3 * 8 + 1 * 12) / 20, "q_continue": 0, "q_loss": 1,
+    })  # fmt: skip
+    assert first.read(lambda steps: steps).keys() == {"tokens_per_second"}
+
+
 def test_lines_further_apart_than_the_steps_still_end_with_one(settings: Load) -> None:
     assert [line["step"] for line in steps(run(settings("train.log_every=50")))] == [6]
 
@@ -241,6 +283,52 @@ def test_too_little_memory_for_one_row_is_said(settings: Load, monkeypatch: pyte
     monkeypatch.setattr("hrm.trainer.HRMTrainer._forward", never)
     with pytest.raises(TrainingError, match=r"at step 1 with one row at a time .*Tried to allocate 2 GiB"):
         run(settings())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA out of memory. Tried to allocate 2 GiB",
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other API call",
+        "Triton Error [CUDA]: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "GET was unable to find an engine to execute this computation",
+        "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried",
+    ],
+)
+def test_out_of_memory_is_known_by_what_cuda_says(settings: Load, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = HRMGemmaForCausalLM.forward
+
+    def small(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.training and len(kwargs["input_ids"]) > 2:
+            raise RuntimeError(text)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(HRMGemmaForCausalLM, "forward", small)
+    assert [line["micro_batch"] for line in steps(run(settings("train.steps=1")))] == [2]
+
+
+def test_out_of_memory_in_one_of_several_processes_ends_that_one_alone() -> None:
+    trainer: Any = SimpleNamespace(
+        args=SimpleNamespace(world_size=2, process_index=1), state=SimpleNamespace(global_step=3), micro_batch=4
+    )
+    with pytest.raises(
+        TrainingError, match=r"out of memory on process 1 at step 4, with train.micro_batch=4"
+    ) as raised:
+        HRMTrainer._smaller(trainer, StepRows([(Encoded([1], [2]), 0)]), "why")
+    assert raised.value.alone
+
+
+def test_another_error_is_not_taken_for_want_of_memory(settings: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    error = RuntimeError("CUDA error: an illegal memory access was encountered", 700)
+
+    def fail(self: Any, *args: Any, **kwargs: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr("hrm.trainer.HRMTrainer._forward", fail)
+    with pytest.raises(RuntimeError) as raised:
+        run(settings())
+    assert raised.value is error
 
 
 # ---------------------------------------------------------------------------------------------------- resume
