@@ -60,14 +60,20 @@ def launch(*command: str, processes: int) -> None:
 
 @pytest.mark.parametrize(
     "words",
-    [("hrm.segments=2", "train.micro_batch=1"), ("hrm.act=true", "hrm.max_segments=4", "hrm.min_segments=1")],
-    ids=["segments", "act"],
+    [
+        ("hrm.segments=2", "train.micro_batch=1"),
+        ("hrm.act=true", "hrm.max_segments=4", "hrm.min_segments=1"),
+        ("hrm.segments=4", "hrm.stop_residual=0.85"),
+    ],
+    ids=["segments", "act", "uneven"],
 )
 def test_two_processes_train_as_one(place: Path, words: tuple[str, ...], request: pytest.FixtureRequest) -> None:
     name = request.node.callspec.id
     one, two = (train(place, f"{name}-{n}", n, "train.steps=6", *words) for n in (1, 2))
     assert_same(weights(one), weights(two), tolerance=2e-4)
     assert_same_lines(steps(one), steps(two))  # losses of segments, Q values, residuals: of all processes' tokens
+    if name == "uneven":
+        assert any(line["segments"] % 1 for line in steps(two))  # rows halt after different numbers of segments
     for a, b in zip(steps(one), steps(two), strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
