@@ -10,7 +10,7 @@ import math
 import os
 import re
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, make_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
@@ -483,6 +483,7 @@ def check_generation(settings: Any) -> None:
     """Raises a UsageError that names the first key of `hrm generate` whose value makes no sense."""
     require(settings, "max_new_tokens", lambda value: value >= 1, "at least 1")
     require(settings, "temperature", lambda value: value >= 0, "at least 0")
+    require(settings, "seed", lambda value: 0 <= value < 2**32, "from 0 to 4294967295")
     require(settings, "hrm.segments", lambda value: value is None or value >= 1, "at least 1, or null")
     require(settings, "hrm.fused", lambda value: value in (True, False, "auto"), "true, false or auto")
 
@@ -492,6 +493,14 @@ def check_length(what: str, tokens: int, model: Any, remedy: str) -> None:
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and tokens > longest:
         raise UsageError(f"{what} may take {tokens} tokens; the backbone allows {longest}. {remedy}")
+
+
+def typed_lines(stream: Iterable[str]) -> Iterator[str]:
+    """The lines of what is typed or piped in, as they come; a UsageError where they are no valid UTF-8."""
+    try:
+        yield from stream
+    except UnicodeDecodeError as error:  # its place counts from where the stream last read on
+        raise UsageError(f"standard input: no valid UTF-8 ({error.reason})") from error
 
 
 def require(settings: Any, name: str, test: Any, should: str) -> None:

@@ -1,5 +1,7 @@
 """The command line: verbs, keys and values, and what it says of wrong ones."""
 
+import io
+
 import pytest
 
 from hrm import HRMConfig
@@ -15,6 +17,7 @@ from hrm.settings import (
     keys_of,
     load_settings,
     lora_dict,
+    typed_lines,
 )
 
 
@@ -158,6 +161,7 @@ def test_training_without_a_backbone(monkeypatch, capsys):
     [
         ("temperature=-1", "temperature is -1.0; it should be at least 0"),
         ("max_new_tokens=0", "max_new_tokens is 0; it should be at least 1"),
+        ("seed=-1", "seed is -1; it should be from 0 to 4294967295"),
         ("hrm.segments=0", "hrm.segments is 0; it should be at least 1, or null"),
         ("hrm.fused=maybe", "hrm.fused is 'maybe'; it should be true, false or auto"),
     ],
@@ -165,6 +169,13 @@ def test_training_without_a_backbone(monkeypatch, capsys):
 def test_wrong_settings_of_generate_are_one_line_and_status_2(tmp_path, capsys, override, message):
     assert main(["generate", f"run={tmp_path}", "prompt=x", override]) == 2
     assert capsys.readouterr().err == f"hrm: {message}\n"
+
+
+def test_what_is_piped_in_has_to_be_text():
+    lines = typed_lines(io.TextIOWrapper(io.BytesIO(b"a\n"), encoding="utf-8"))
+    assert list(lines) == ["a\n"]
+    with pytest.raises(UsageError, match=r"standard input: no valid UTF-8 \(invalid start byte\)"):
+        list(typed_lines(io.TextIOWrapper(io.BytesIO(b"\xff\n"), encoding="utf-8")))
 
 
 def test_generating_without_a_checkpoint(tmp_path, capsys):
