@@ -238,6 +238,8 @@ def _parse(line: bytes, source: str) -> Any:
         raise UsageError(f"{source}: no valid JSON ({error.msg} at column {error.colno})") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{source}: no valid UTF-8 ({error.reason} at byte {error.start})") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists without end
+        raise UsageError(f"{source}: cannot be read as JSON ({first_line(error)})") from error
 
 
 def _example(row: Any, prompt_column: str, answer_column: str, source: str) -> Example:
@@ -248,9 +250,20 @@ def _example(row: Any, prompt_column: str, answer_column: str, source: str) -> E
             raise UsageError(f"{source}: no {column!r}; it has {', '.join(map(repr, row)) or 'no keys'}")
         if not isinstance(row[column], str):
             raise UsageError(f"{source}: {column!r} is {type(row[column]).__name__}; it should be text")
+        if not _is_text(row[column]):
+            raise UsageError(f"{source}: {column!r} holds half of a surrogate pair, such as \\ud83d; it should be text")
     if not row[answer_column].strip():
         raise UsageError(f"{source}: {answer_column!r} is empty; it should be text")
     return Example(row[prompt_column], row[answer_column], source)
+
+
+def _is_text(value: str) -> bool:
+    """Whether it can be written as UTF-8, which JSON's escapes do not ensure and tokenizers ask for."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def first_line(error: BaseException) -> str:
@@ -303,7 +316,7 @@ def encode(
     max_length: int,
     bad_row: BadRow = refuse,
 ) -> list[Encoded]:
-    """Token ids of each example; `bad_row` hears of one that has more than `max_length`.
+    """Token ids of each example; `bad_row` hears of one that has more than `max_length`, or none to go on from.
 
     Raises:
         UsageError: the tokenizer cannot end a text, or no example is left.
@@ -314,7 +327,9 @@ def encode(
     answers = tokenizer([template.answer(e.answer) for e in examples], add_special_tokens=False)["input_ids"]
     encoded = []
     for example, prompt, answer in zip(examples, prompts, answers, strict=True):
-        if len(prompt) + len(answer) < max_length:
+        if not prompt:
+            bad_row(f"{example.source}: the prompt has no tokens; it should have at least one to go on from")
+        elif len(prompt) + len(answer) < max_length:
             encoded.append(Encoded(prompt, [*answer, tokenizer.eos_token_id]))
         else:
             bad_row(

@@ -12,7 +12,7 @@ from transformers import set_seed
 from hrm.data import Template, first_line
 from hrm.evaluate import Depth, answer
 from hrm.modeling import HRMGemmaForCausalLM
-from hrm.settings import DataSection, UsageError, check_generation, check_length
+from hrm.settings import DataSection, UsageError, check_generation, check_length, typed_lines
 from hrm.train import load_tokenizer
 
 
@@ -33,7 +33,7 @@ def answer_all(settings: Any, prompts: TextIO, answers: TextIO, notes: TextIO) -
     generation: dict[str, Any] = {"max_new_tokens": settings.max_new_tokens, "segments": settings.hrm.segments}
     if settings.temperature > 0:
         generation |= {"do_sample": True, "temperature": settings.temperature}
-    for line in prompts if settings.prompt is None else [settings.prompt]:
+    for line in typed_lines(prompts) if settings.prompt is None else [settings.prompt]:
         if not line.strip():
             raise UsageError("the prompt is empty; it should be text")
         question = template.question(line.rstrip("\n"))

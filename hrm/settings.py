@@ -10,7 +10,7 @@ import math
 import os
 import re
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, make_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
@@ -449,6 +449,7 @@ def check_training(settings: Any, processes: int = 1) -> None:
         raise UsageError(
             f"train.batch_size is {settings.train.batch_size}; it should be a multiple of the {processes} processes"
         )
+    _check_reports(settings.train.report_to)
     _check_update(settings)
     hrm_config(settings.hrm)
     lora_dict(settings.lora)
@@ -461,6 +462,23 @@ CHOICES = {
     "train.segment_growth": ("none", "steps", "plateau"),
     "train.optimizer": ("adamw", "adamw_8bit", "paged_adamw_8bit"),
 }
+
+
+def _check_reports(names: Sequence[str]) -> None:
+    """The Trainer says so itself, but only after the first evaluation."""
+    if not names or list(names) in (["all"], ["none"]):
+        return
+    from transformers.integrations.integration_utils import (
+        INTEGRATION_TO_CALLBACK,
+        get_available_reporting_integrations,
+    )
+
+    installed = [*get_available_reporting_integrations(), "flyte"]  # of which transformers does not know
+    for name in map(str, names):
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise UsageError(f"train.report_to holds {name!r}{nearest(name, INTEGRATION_TO_CALLBACK)}")
+        if name not in installed:
+            raise UsageError(f"train.report_to holds {name!r}, whose package is not installed")
 
 
 def _check_update(settings: Any) -> None:
@@ -483,6 +501,7 @@ def check_generation(settings: Any) -> None:
     """Raises a UsageError that names the first key of `hrm generate` whose value makes no sense."""
     require(settings, "max_new_tokens", lambda value: value >= 1, "at least 1")
     require(settings, "temperature", lambda value: value >= 0, "at least 0")
+    require(settings, "seed", lambda value: 0 <= value < 2**32, "from 0 to 4294967295")
     require(settings, "hrm.segments", lambda value: value is None or value >= 1, "at least 1, or null")
     require(settings, "hrm.fused", lambda value: value in (True, False, "auto"), "true, false or auto")
 
@@ -492,6 +511,14 @@ def check_length(what: str, tokens: int, model: Any, remedy: str) -> None:
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and tokens > longest:
         raise UsageError(f"{what} may take {tokens} tokens; the backbone allows {longest}. {remedy}")
+
+
+def typed_lines(stream: Iterable[str]) -> Iterator[str]:
+    """The lines of what is typed or piped in, as they come; a UsageError where they are no valid UTF-8."""
+    try:
+        yield from stream
+    except UnicodeDecodeError as error:  # its place counts from where the stream last read on
+        raise UsageError(f"standard input: no valid UTF-8 ({error.reason})") from error
 
 
 def require(settings: Any, name: str, test: Any, should: str) -> None:

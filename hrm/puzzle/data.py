@@ -224,8 +224,11 @@ def read_rows(path: Path) -> Iterator[TextRow]:
         yield from (TextRow(f"{path}:{n}", line, None, None) for n, line in enumerate(lines, 1) if line.strip())
         return
     reader = csv.DictReader(lines)
-    for row in reader:
-        yield text_row(row, f"{path}:{reader.line_num}")
+    try:
+        for row in reader:
+            yield text_row(row, f"{path}:{reader.line_num}")
+    except csv.Error as error:  # a quotation mark that nothing closes, until the field is too long
+        raise UsageError(f"{path}:{reader.line_num}: cannot be read as CSV ({error})") from error
 
 
 def text_row(row: dict[str, str | None], source: str) -> TextRow:

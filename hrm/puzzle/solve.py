@@ -20,7 +20,7 @@ from hrm.puzzle.data import PuzzleSet, TextRow, check_writable, load_puzzles
 from hrm.puzzle.evaluate import Ballots, Thinker, check_votes, rows_of, thinking, view_of, vote_of
 from hrm.puzzle.saving import load_model
 from hrm.puzzle.solver import BOXES
-from hrm.settings import UsageError, require
+from hrm.settings import UsageError, require, typed_lines
 
 STDIN = "-"
 TOGETHER = 64  # puzzles of a file that are solved at once
@@ -161,7 +161,7 @@ def _from_lines(lines: Iterable[str], task: str) -> Iterator[tuple[str, PuzzleSe
     """Each line by itself, as soon as it is there; empty ones are passed over."""
     if task == "arc":
         raise UsageError("path is missing; it should be an .npz file, since ARC's grids are not read from lines")
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(typed_lines(lines), 1):
         if not line.strip():
             continue
         row = TextRow(f"line {number}", line.rstrip("\r\n"), None, None)

@@ -149,11 +149,8 @@ class PuzzleRun:
     def train(self) -> None:
         """Steps until the end, with evaluations and checkpoints on the way."""
         total = self.settings.train.steps
-        if self._due() and not on_first(
-            self.processes, self._evaluated
-        ):  # the run was cut short between a checkpoint and its evaluation
-            set_depth(self.engine.model.config, self.config, self.stages, self.step - 1)
-            self._evaluate(self.settings.eval.limit)
+        if self.step:
+            self._catch_up()
         with ThreadPoolExecutor(1) as ahead, StopOnInterrupt() as stop, progress_bar(self.console) as progress:
             bar = progress.add_task("Training", total=total, completed=self.step, text="")
             batch = ahead.submit(self.stream.batch, self.step)
@@ -174,6 +171,13 @@ class PuzzleRun:
         self._evaluate(None)
         if self.processes.is_main_process:
             learning_curve(self.folder, self.folder / "curve.png")
+
+    def _catch_up(self) -> None:
+        """What a kill right after the checkpoint may have taken: the model of that step, and its evaluation."""
+        set_depth(self.engine.model.config, self.config, self.stages, self.step - 1)
+        on_first(self.processes, self._write_model)
+        if self._due() and not on_first(self.processes, self._evaluated):
+            self._evaluate(self.settings.eval.limit)
 
     def _asked(self, stop: StopOnInterrupt, looked: bool) -> bool:
         """Whether to stop. Several processes, which signals do not reach at the same step, agree where they look at the
@@ -242,6 +246,9 @@ class PuzzleRun:
 
     def _write(self, state: Mapping[str, Tensor]) -> None:
         save_checkpoint(self.folder, self.step, state, {"seconds": self.seconds})
+        self._write_model()
+
+    def _write_model(self) -> None:
         with self.engine.averaged_weights():
             save_model(self.engine.model, self.folder / MODEL, self.about)
 

@@ -1,5 +1,7 @@
 """The command line: verbs, keys and values, and what it says of wrong ones."""
 
+import io
+
 import pytest
 
 from hrm import HRMConfig
@@ -15,6 +17,7 @@ from hrm.settings import (
     keys_of,
     load_settings,
     lora_dict,
+    typed_lines,
 )
 
 
@@ -84,6 +87,8 @@ def test_overrides_come_after_a_verbs_own_defaults():
         ("train.steps=0", "train.steps is 0; it should be at least 1, or null"),
         ("train.steps=1.5", "train.steps is '1.5'; it should be a whole number"),
         ("train.warmup=1", "train.warmup is 1.0; it should be from 0 to below 1"),
+        ("train.report_to=[tensorbord]", "train.report_to holds 'tensorbord'; the nearest is 'tensorboard'"),
+        ("train.report_to=[[wandb]]", "train.report_to holds "),
         ("hrm.h_cycles=0", "hrm.h_cycles is 0; it should be a whole number, at least 1"),
         ("hrm.fused=maybe", "hrm.fused is 'maybe'; it should be True, False or 'auto'"),
         ("hrm.act=maybe", "hrm.act is 'maybe'; it should be true or false"),
@@ -95,6 +100,15 @@ def test_wrong_settings_name_key_value_and_what_it_should_be(override, message):
     with pytest.raises(UsageError) as error:
         settings(override)
     assert message in str(error.value)
+
+
+def test_a_report_to_what_is_not_installed_is_refused(monkeypatch):
+    name = "transformers.integrations.integration_utils.get_available_reporting_integrations"
+    monkeypatch.setattr(name, lambda: ["wandb"])
+    assert settings("train.report_to=[wandb]").train.report_to == ["wandb"]
+    with pytest.raises(UsageError, match=r"train\.report_to holds 'tensorboard', whose package is not installed"):
+        settings("train.report_to=[wandb,tensorboard]")
+    assert settings("train.report_to=[all]").train.report_to == ["all"]
 
 
 def test_unknown_verb_names_the_nearest(capsys):
@@ -158,6 +172,7 @@ def test_training_without_a_backbone(monkeypatch, capsys):
     [
         ("temperature=-1", "temperature is -1.0; it should be at least 0"),
         ("max_new_tokens=0", "max_new_tokens is 0; it should be at least 1"),
+        ("seed=-1", "seed is -1; it should be from 0 to 4294967295"),
         ("hrm.segments=0", "hrm.segments is 0; it should be at least 1, or null"),
         ("hrm.fused=maybe", "hrm.fused is 'maybe'; it should be true, false or auto"),
     ],
@@ -165,6 +180,13 @@ def test_training_without_a_backbone(monkeypatch, capsys):
 def test_wrong_settings_of_generate_are_one_line_and_status_2(tmp_path, capsys, override, message):
     assert main(["generate", f"run={tmp_path}", "prompt=x", override]) == 2
     assert capsys.readouterr().err == f"hrm: {message}\n"
+
+
+def test_what_is_piped_in_has_to_be_text():
+    lines = typed_lines(io.TextIOWrapper(io.BytesIO(b"a\n"), encoding="utf-8"))
+    assert list(lines) == ["a\n"]
+    with pytest.raises(UsageError, match=r"standard input: no valid UTF-8 \(invalid start byte\)"):
+        list(typed_lines(io.TextIOWrapper(io.BytesIO(b"\xff\n"), encoding="utf-8")))
 
 
 def test_generating_without_a_checkpoint(tmp_path, capsys):

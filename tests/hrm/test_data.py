@@ -45,6 +45,9 @@ def test_reads_rows_and_says_where_they_stand(jsonl):
         ({"prompt": "a", "answer": 3}, "'answer' is int; it should be text"),
         ({"prompt": None, "answer": "b"}, "'prompt' is NoneType; it should be text"),
         ({"prompt": "a", "answer": " "}, "'answer' is empty"),
+        ({"prompt": "\ud83d", "answer": "b"}, "'prompt' holds half of a surrogate pair"),
+        ('{"prompt": "a", "answer": "b", "n": ' + "9" * 5000 + "}", "cannot be read as JSON (Exceeds the limit"),
+        ("[" * 100_000, "cannot be read as JSON"),
     ],
 )
 def test_bad_rows_are_named_by_file_and_line(jsonl, line, message):
@@ -188,6 +191,15 @@ class TestTokens:
         assert len(self.encoded(max_length=5)) == 2
         with pytest.raises(UsageError, match=r"f:1: prompt and answer have 3 \+ 2 tokens; .*data\.max_length = 4"):
             self.encoded(max_length=4)
+
+    def test_a_prompt_without_tokens(self):
+        """Some tokenizers put none in front of a text."""
+        template, tokenizer = Template("{prompt} {answer}"), byte_tokenizer()
+        with pytest.raises(UsageError, match="f:1: the prompt has no tokens"):
+            encode([Example("", "c", "f:1")], template, tokenizer, 9)
+        passed: list[str] = []
+        assert len(encode([Example("", "c", "f:1"), *self.EXAMPLES], template, tokenizer, 9, passed.append)) == 2
+        assert len(passed) == 1
 
     def test_only_answers_are_scored_and_padding_is_on_the_right(self):
         batch = collate([Encoded([5, 6, 7], [8, 1]), Encoded([5], [9, 1])], pad=0)

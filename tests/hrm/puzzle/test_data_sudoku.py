@@ -117,6 +117,13 @@ def test_no_file_no_rows_no_text(csv_file, tmp_path):
         load_puzzles(tmp_path / "boards.csv")
 
 
+def test_a_quotation_mark_that_nothing_closes_is_named(tmp_path):
+    path = tmp_path / "boards.csv"
+    path.write_text('question,answer\n"' + "1...............,\n" * 10_000)
+    with pytest.raises(UsageError, match=r"boards\.csv:\d+: cannot be read as CSV \(field larger than"):
+        load_puzzles(path)
+
+
 def test_all_refused_rows_are_told_and_the_others_kept(csv_file):
     from hrm.puzzle.data import read_rows
 

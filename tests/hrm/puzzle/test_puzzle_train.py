@@ -20,6 +20,7 @@ from hrm.cli import main
 from hrm.curriculum import set_depth, stages
 from hrm.puzzle import PuzzleConfig
 from hrm.puzzle import settings as puzzle_settings
+from hrm.puzzle import train as train_module
 from hrm.puzzle.engine import Engine
 from hrm.puzzle.saving import STATE, load_checkpoint, load_model, save_checkpoint
 from hrm.puzzle.settings import load_puzzle_settings
@@ -171,6 +172,27 @@ def test_a_finished_run_is_evaluated_once(tmp_path: Path) -> None:
     before = lines(folder, "evaluations.jsonl")
     resume(folder)
     assert lines(folder, "evaluations.jsonl") == before and len(before) == 1
+
+
+def test_a_model_that_a_kill_took_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last checkpoint is there, but model/ is still that of an earlier step."""
+    options = ("train.steps=4", "train.save_every=2")
+    whole = run(tmp_path / "whole", *options)
+    save = train_module.save_model
+
+    def killed(model: Any, folder: Path, about: Any) -> None:
+        if len(checkpoints(folder.parent)) == 2:
+            raise MemoryError
+        save(model, folder, about)
+
+    monkeypatch.setattr(train_module, "save_model", killed)
+    with pytest.raises(MemoryError):
+        run(tmp_path / "cut", *options)
+    monkeypatch.setattr(train_module, "save_model", save)
+    (cut,) = (tmp_path / "cut").iterdir()
+    resume(cut)
+    (expected, _), (found, _) = load_model(whole), load_model(cut)
+    assert all(torch.equal(tensor, found.state_dict()[name]) for name, tensor in expected.state_dict().items())
 
 
 @pytest.mark.parametrize("text", ["x: [", "trian:\n  steps: 3\n", "train:\n  steps: many\n"])
