@@ -209,7 +209,7 @@ def check_integrations(names: Sequence[str]) -> None:
     """
     if list(names) in (["all"], ["none"]):
         return
-    for name in names:
+    for name in map(str, names):
         if name not in INTEGRATION_TO_CALLBACK:
             known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
             raise UsageError(f"train.report_to has {name!r}; it should be a list of {known}")

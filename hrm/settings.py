@@ -449,7 +449,6 @@ def check_training(settings: Any, processes: int = 1) -> None:
         raise UsageError(
             f"train.batch_size is {settings.train.batch_size}; it should be a multiple of the {processes} processes"
         )
-    _check_reports(settings.train.report_to)
     _check_update(settings)
     hrm_config(settings.hrm)
     lora_dict(settings.lora)
@@ -462,23 +461,6 @@ CHOICES = {
     "train.segment_growth": ("none", "steps", "plateau"),
     "train.optimizer": ("adamw", "adamw_8bit", "paged_adamw_8bit"),
 }
-
-
-def _check_reports(names: Sequence[str]) -> None:
-    """The Trainer says so itself, but only after the first evaluation."""
-    if not names or list(names) in (["all"], ["none"]):
-        return
-    from transformers.integrations.integration_utils import (
-        INTEGRATION_TO_CALLBACK,
-        get_available_reporting_integrations,
-    )
-
-    installed = [*get_available_reporting_integrations(), "flyte"]  # of which transformers does not know
-    for name in map(str, names):
-        if name not in INTEGRATION_TO_CALLBACK:
-            raise UsageError(f"train.report_to holds {name!r}{nearest(name, INTEGRATION_TO_CALLBACK)}")
-        if name not in installed:
-            raise UsageError(f"train.report_to holds {name!r}, whose package is not installed")
 
 
 def _check_update(settings: Any) -> None:

@@ -87,8 +87,6 @@ def test_overrides_come_after_a_verbs_own_defaults():
         ("train.steps=0", "train.steps is 0; it should be at least 1, or null"),
         ("train.steps=1.5", "train.steps is '1.5'; it should be a whole number"),
         ("train.warmup=1", "train.warmup is 1.0; it should be from 0 to below 1"),
-        ("train.report_to=[tensorbord]", "train.report_to holds 'tensorbord'; the nearest is 'tensorboard'"),
-        ("train.report_to=[[wandb]]", "train.report_to holds "),
         ("hrm.h_cycles=0", "hrm.h_cycles is 0; it should be a whole number, at least 1"),
         ("hrm.fused=maybe", "hrm.fused is 'maybe'; it should be True, False or 'auto'"),
         ("hrm.act=maybe", "hrm.act is 'maybe'; it should be true or false"),
@@ -100,15 +98,6 @@ def test_wrong_settings_name_key_value_and_what_it_should_be(override, message):
     with pytest.raises(UsageError) as error:
         settings(override)
     assert message in str(error.value)
-
-
-def test_a_report_to_what_is_not_installed_is_refused(monkeypatch):
-    name = "transformers.integrations.integration_utils.get_available_reporting_integrations"
-    monkeypatch.setattr(name, lambda: ["wandb"])
-    assert settings("train.report_to=[wandb]").train.report_to == ["wandb"]
-    with pytest.raises(UsageError, match=r"train\.report_to holds 'tensorboard', whose package is not installed"):
-        settings("train.report_to=[wandb,tensorboard]")
-    assert settings("train.report_to=[all]").train.report_to == ["all"]
 
 
 def test_unknown_verb_names_the_nearest(capsys):

@@ -261,6 +261,7 @@ def test_a_training_is_told_of_integrations_that_are_missing_before_it_loads_any
     monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: False)
     message = before_loading(monkeypatch, "train.report_to=[wandb]")
     assert message.startswith("train.report_to has 'wandb', which cannot be used: ") and "pip install wandb" in message
+    assert before_loading(monkeypatch, "train.report_to=[[wandb]]").startswith("train.report_to has ")
     message = before_loading(monkeypatch, "train.report_to=[wandbee]")
     assert message.startswith("train.report_to has 'wandbee'; it should be a list of ") and "wandb" in message
 
