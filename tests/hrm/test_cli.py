@@ -85,6 +85,12 @@ def test_overrides_come_after_a_verbs_own_defaults():
         ("quick", "'quick' is no setting; settings read section.key=value"),
         ("train.steps=many", "train.steps is 'many'; it should be a whole number or null"),
         ("train.steps=0", "train.steps is 0; it should be at least 1, or null"),
+        ("train.steps=9223372036854775808", "; it should be a whole number of at most 64 bits"),
+        (
+            "hrm.max_segments=1000000000000",
+            "hrm.max_segments is 1000000000000; it should be a whole number below 21474",
+        ),
+        ("train.weight_decay=inf", "train.weight_decay is inf; it should be a finite number, at least 0"),
         ("train.steps=1.5", "train.steps is '1.5'; it should be a whole number"),
         ("train.warmup=1", "train.warmup is 1.0; it should be from 0 to below 1"),
         ("train.report_to=[tensorbord]", "train.report_to holds 'tensorbord'; the nearest is 'tensorboard'"),
