@@ -288,7 +288,18 @@ def _run(verb: Verb, settings: Any) -> int:
     except OSError as error:  # a full disk, a closed pipe
         print(f"hrm: {error}", file=sys.stderr)
         return 1
+    except (MemoryError, RuntimeError) as error:
+        if not _of_memory(error):
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        print(f"hrm: out of memory: {reason or type(error).__name__}", file=sys.stderr)
+        return 1
     return 0
+
+
+def _of_memory(error: Exception) -> bool:
+    """Whether there was too little memory; PyTorch has a class for it on a GPU only."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "you tried to allocate" in str(error)
 
 
 def _quiet() -> None:

@@ -40,6 +40,8 @@ class CheckedConfig:
         value = getattr(self, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             self._fail(name, f"a whole number, at least {least}")
+        if value >= 2**31:  # what counts segments and steps on the device is an int32
+            self._fail(name, "a whole number below 2147483648")
 
     def _check_reach(self) -> None:
         """The gradient reaches no further than there are cycles and steps."""

@@ -330,8 +330,11 @@ def _find(keys: Mapping[str, Key], name: str) -> Key:
 
 
 def _set(config: DictConfig, key: Key, name: str, text: str) -> None:
+    value = _read(text, _kinds(key))
+    if int in _kinds(key) and type(value) is int and not -(2**63) <= value < 2**63:  # torch and numpy hold no more
+        raise UsageError(f"{name} is {text}; it should be a whole number of at most 64 bits")
     try:
-        OmegaConf.update(config, name, _read(text, _kinds(key)), merge=False, force_add=name != key.name)
+        OmegaConf.update(config, name, value, merge=False, force_add=name != key.name)
     except (OmegaConfBaseException, ValueError) as error:
         raise UsageError(f"{name} is {text!r}; it should be {kind_name(key.kind)}") from error
 
@@ -434,7 +437,8 @@ def check_training(settings: Any, processes: int = 1) -> None:
     port = "from 0 (any free one) to 65535, or null"
     require(settings, "train.prometheus_port", lambda value: value is None or 0 <= value <= 65535, port)
     require(settings, "train.warmup", lambda value: 0 <= value < 1, "from 0 to below 1")
-    for name in ("train.weight_decay", "train.plateau_tolerance", "eval.shots"):
+    require(settings, "train.weight_decay", lambda value: 0 <= value < math.inf, "a finite number, at least 0")
+    for name in ("train.plateau_tolerance", "eval.shots"):
         require(settings, name, lambda value: value >= 0, "at least 0")
     require(settings, "hrm.quantize", lambda value: value in (None, "nf4"), '"nf4" or null')
     require(settings, "train.depth", is_depth, "[[share, h_cycles, l_steps], ...] with rising shares below 1")

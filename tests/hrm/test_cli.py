@@ -1,8 +1,10 @@
 """The command line: verbs, keys and values, and what it says of wrong ones."""
 
 import io
+from dataclasses import replace
 
 import pytest
+import torch
 
 from hrm import HRMConfig
 from hrm.cli import VERBS, main, quickstart_defaults
@@ -85,6 +87,12 @@ def test_overrides_come_after_a_verbs_own_defaults():
         ("quick", "'quick' is no setting; settings read section.key=value"),
         ("train.steps=many", "train.steps is 'many'; it should be a whole number or null"),
         ("train.steps=0", "train.steps is 0; it should be at least 1, or null"),
+        ("train.steps=9223372036854775808", "; it should be a whole number of at most 64 bits"),
+        (
+            "hrm.max_segments=1000000000000",
+            "hrm.max_segments is 1000000000000; it should be a whole number below 21474",
+        ),
+        ("train.weight_decay=inf", "train.weight_decay is inf; it should be a finite number, at least 0"),
         ("train.steps=1.5", "train.steps is '1.5'; it should be a whole number"),
         ("train.warmup=1", "train.warmup is 1.0; it should be from 0 to below 1"),
         ("hrm.h_cycles=0", "hrm.h_cycles is 0; it should be a whole number, at least 1"),
@@ -176,6 +184,33 @@ def test_what_is_piped_in_has_to_be_text():
     assert list(lines) == ["a\n"]
     with pytest.raises(UsageError, match=r"standard input: no valid UTF-8 \(invalid start byte\)"):
         list(typed_lines(io.TextIOWrapper(io.BytesIO(b"\xff\n"), encoding="utf-8")))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory.\nMore"),
+        "can't allocate memory: you tried to allocate 9 bytes",
+    ],
+)
+def test_too_little_memory_is_one_line_and_status_1(error, capsys, monkeypatch):
+    def fail(settings):
+        raise RuntimeError(error) if isinstance(error, str) else error
+
+    monkeypatch.setitem(VERBS, "info", replace(VERBS["info"], run=fail))
+    assert main(["info"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("hrm: out of memory: ") and said.count("\n") == 1
+
+
+def test_a_fault_of_the_program_stays_one(monkeypatch):
+    def fail(settings):
+        raise RuntimeError("a fault")
+
+    monkeypatch.setitem(VERBS, "info", replace(VERBS["info"], run=fail))
+    with pytest.raises(RuntimeError, match="a fault"):
+        main(["info"])
 
 
 def test_generating_without_a_checkpoint(tmp_path, capsys):
