@@ -271,7 +271,7 @@ def _defaults(verb: Verb, overrides: Sequence[str]) -> Mapping[str, Any]:
 
 def _run(verb: Verb, settings: Any) -> int:
     _quiet()
-    from hrm.running import Interrupted, TrainingError
+    from hrm.running import Interrupted, TrainingError, is_out_of_memory
     from hrm_kernels import BackendError
 
     try:
@@ -289,17 +289,12 @@ def _run(verb: Verb, settings: Any) -> int:
         print(f"hrm: {error}", file=sys.stderr)
         return 1
     except (MemoryError, RuntimeError) as error:
-        if not _of_memory(error):
+        if not is_out_of_memory(error):
             raise
         reason = str(error).strip().partition("\n")[0]
         print(f"hrm: out of memory: {reason or type(error).__name__}", file=sys.stderr)
         return 1
     return 0
-
-
-def _of_memory(error: Exception) -> bool:
-    """Whether there was too little memory; PyTorch has a class for it on a GPU only."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "you tried to allocate" in str(error)
 
 
 def _quiet() -> None:

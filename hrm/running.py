@@ -195,12 +195,13 @@ NO_MEMORY = (  # what the list of accelerate lacks
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
     "unable to find an engine",  # cuDNN, where each engine asks for more memory than is left
+    "you tried to allocate",  # PyTorch on a CPU
 )
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether fewer rows at a time may help: by its type, or by what CUDA's libraries say in a RuntimeError."""
-    if isinstance(error, torch.OutOfMemoryError):
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     if not isinstance(error, RuntimeError):
         return False
