@@ -150,12 +150,14 @@ def hold_out(examples: Sequence[Example], count: int, seed: int) -> Problems:
 def _of_known_depth(data: Any, seed: int) -> Problems:
     """Problems of `hrm.tasks`; `data.held_out_options` replace options for the held-out ones."""
 
-    def made(options: dict[str, Any], seed: int) -> Iterator[Example]:
-        for number, (prompt, answer, depth) in enumerate(problems_of(data.task, options, seed)):
+    def made(options: dict[str, Any], seed: int, key: str = "data.task_options") -> Iterator[Example]:
+        for number, (prompt, answer, depth) in enumerate(problems_of(data.task, options, seed, key)):
             yield Example(prompt, answer, f"{data.task}:{number}", {"depth": depth})
 
     options = dict(data.task_options)
-    held_out = _enough(made({**options, **data.held_out_options}, seed + 1), data.held_out, data.task)
+    next(made(options, seed))  # what is wrong with them is not the held-out options' fault
+    others = made({**options, **data.held_out_options}, seed + 1, "data.held_out_options")
+    held_out = _enough(others, data.held_out, data.task)
     prompts = {example.prompt for example in held_out}
     train = (example for example in made(options, seed) if example.prompt not in prompts)
     return Problems(_enough(train, data.size, data.task), held_out)

@@ -44,29 +44,32 @@ TASKS: dict[str, Make] = {"object_swaps": object_swaps, "pointer_chase": pointer
 OPTIONS = {"objects": 5, "min_depth": 1, "max_depth": 10}
 
 
-def problems(task: str, options: Mapping[str, Any], seed: int) -> Iterator[tuple[str, str, int]]:
+def problems(
+    task: str, options: Mapping[str, Any], seed: int, key: str = "data.task_options"
+) -> Iterator[tuple[str, str, int]]:
     """Prompt, answer and depth of problems of `TASKS[task]`, without end; a function of task, options and seed.
 
     Depths are drawn evenly.
 
     Args:
         options: objects (2 to 26), min_depth and max_depth (from 0); what is missing is as in `OPTIONS`.
+        key: what the options are called where one of them makes no sense.
 
     Raises:
         UsageError: an option that there is not, or a value that makes no sense.
     """
-    unknown = [key for key in options if key not in OPTIONS]
+    unknown = [name for name in options if name not in OPTIONS]
     if unknown:
-        raise UsageError(f"data.task_options has no {unknown[0]!r}{nearest(unknown[0], OPTIONS)}")
+        raise UsageError(f"{key} has no {unknown[0]!r}{nearest(unknown[0], OPTIONS)}")
     chosen = {**OPTIONS, **options}
-    objects, least, most = (chosen[key] for key in OPTIONS)
-    for key, value in chosen.items():
+    objects, least, most = (chosen[name] for name in OPTIONS)
+    for name, value in chosen.items():
         if not isinstance(value, int) or isinstance(value, bool):
-            raise UsageError(f"data.task_options.{key} is {value!r}; it should be a whole number")
+            raise UsageError(f"{key}.{name} is {value!r}; it should be a whole number")
     if not 2 <= objects <= len(LETTERS):
-        raise UsageError(f"data.task_options.objects is {objects}; it should be from 2 to {len(LETTERS)}")
+        raise UsageError(f"{key}.objects is {objects}; it should be from 2 to {len(LETTERS)}")
     if not 0 <= least <= most:
-        raise UsageError(f"data.task_options.min_depth is {least}; it should be from 0 to max_depth = {most}")
+        raise UsageError(f"{key}.min_depth is {least}; it should be from 0 to max_depth = {most}")
     draw = random.Random(f"{task}-{seed}")
     while True:
         depth = draw.randint(least, most)

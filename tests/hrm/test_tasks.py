@@ -80,6 +80,15 @@ def test_held_out_problems_may_be_deeper_and_are_never_trained_on():
         load_problems(settings("data.task_options.objects=2", "data.task_options.max_depth=1").data, 0)
 
 
+def test_the_options_that_make_no_sense_are_named():
+    with pytest.raises(UsageError, match=r"data\.held_out_options has no 'depth'; the nearest is"):
+        load_problems(settings("data.held_out_options.depth=3").data, 0)
+    with pytest.raises(UsageError, match=r"data\.held_out_options\.min_depth is 11; it should be from 0 to max_depth"):
+        load_problems(settings("data.held_out_options.min_depth=11").data, 0)
+    with pytest.raises(UsageError, match=r"data\.task_options\.objects is 1; it should be from 2"):
+        load_problems(settings("data.task_options.objects=1", "data.held_out_options.max_depth=3").data, 0)
+
+
 def test_options_of_the_held_out_problems_are_for_our_tasks_alone():
     words = ["data.task=chain_sum", "data.held_out_options.max_terms=3"]
     with pytest.raises(UsageError, match=r"should be empty but for data.task=object_swaps or pointer_chase"):
