@@ -90,6 +90,9 @@ def _check(settings: Any) -> None:
     require(settings, "batch_size", lambda value: value >= 1, "at least 1")
     for name in ("limit", "max_new_tokens", *DEPTH):
         require(settings, name, lambda value: value is None or value >= 1, "at least 1, or null")
+    for name in DEPTH:
+        require(settings, name, lambda value: value is None or value < 2**31, "below 2147483648")
+    require(settings, "seed", lambda value: 0 <= value < 2**32, "from 0 to 4294967295")
     require(settings, "num_fewshot", lambda value: value is None or value >= 0, "at least 0, or null")
     require(settings, "include_path", lambda value: value is None or Path(value).is_dir(), "a folder, or null")
     try:

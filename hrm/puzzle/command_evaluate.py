@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from hrm.puzzle.data import load_puzzles
-from hrm.puzzle.evaluate import evaluate, vote
+from hrm.puzzle.evaluate import check_votes, evaluate, vote
 from hrm.puzzle.saving import load_model
 from hrm.settings import UsageError, require
 
@@ -50,9 +50,13 @@ def evaluate_puzzles(settings: Any) -> None:
         require(settings, name, lambda value: value is not None, "given: hrm evaluate run=FOLDER path=FILE")
     for name in ("votes", "batch_size"):
         require(settings, name, lambda value: value >= 1, "at least 1")
+    require(settings, "seed", lambda value: value >= 0, "at least 0")
     model, about = load_model(settings.run)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     puzzles = load_puzzles(settings.path, about["task"], check_unique=False)
+    check_votes(puzzles, settings.votes)  # this and the file now, not after an evaluation of hours
+    if settings.output is not None:
+        _write(Path(settings.output), "", "a")
     sizes = {"batch_size": settings.batch_size, "segments": settings.segments, "limit": settings.limit}
     found = evaluate(model, puzzles, halting=settings.halting, **sizes)
     results = dataclasses.asdict(found)
@@ -64,11 +68,12 @@ def evaluate_puzzles(settings: Any) -> None:
         results["votes"] = dataclasses.asdict(votes)
         print("right by 1, 2, ... votes:  " + ", ".join(f"{share:.1%}" for share in votes.exact))
     if settings.output is not None:
-        _write(Path(settings.output), results)
+        _write(Path(settings.output), json.dumps(results, indent=1) + "\n", "w")
 
 
-def _write(path: Path, results: dict[str, Any]) -> None:
+def _write(path: Path, text: str, mode: str) -> None:
     try:
-        path.write_text(json.dumps(results, indent=1) + "\n")
+        with path.open(mode) as file:
+            file.write(text)
     except OSError as error:
         raise UsageError(f"output is {str(path)!r}: {error.strerror}") from error

@@ -118,6 +118,7 @@ def check_solving(settings: Any) -> None:
         raise UsageError("run is missing; it should be a run folder or a model folder: run=runs/sudoku-...")
     require(settings, "segments", lambda value: value is None or value >= 1, "at least 1, or null")
     require(settings, "votes", lambda value: value >= 1, "at least 1")
+    require(settings, "seed", lambda value: value >= 0, "at least 0")
     if settings.picture is not None:
         from hrm.puzzle.picture import check_format  # takes half a second, which most calls need not wait for
 

@@ -271,6 +271,8 @@ def test_settings_that_make_no_sense(checkpoint, data, capitals, monkeypatch):
         ({"num_fewshot": -1}, "num_fewshot is -1; it should be at least 0, or null"),
         ({"limit": 0}, "limit is 0; it should be at least 1, or null"),
         ({"l_steps": 0}, "l_steps is 0; it should be at least 1, or null"),
+        ({"h_cycles": 2**31}, "h_cycles is 2147483648; it should be below 2147483648"),
+        ({"seed": -1}, "seed is -1; it should be from 0 to 4294967295"),
         ({"max_new_tokens": 512, "num_fewshot": 0}, "max_new_tokens is 512; the model has 512 for prompt and answer"),
     ]:
         with pytest.raises(UsageError, match=message):

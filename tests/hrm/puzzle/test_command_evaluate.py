@@ -46,6 +46,7 @@ def test_it_prints_and_writes_what_evaluate_finds(folder: Path, capsys: pytest.C
         (["run=nowhere", "path=puzzles.npz"], "nowhere"),
         (["run=.", "path=missing.npz"], "missing.npz is no file"),
         (["run=.", "path=puzzles.npz", "votes=0"], "votes is 0; it should be at least 1"),
+        (["run=.", "path=puzzles.npz", "votes=2", "seed=-1"], "seed is -1; it should be at least 0"),
         (["run=.", "path=puzzles.npz", "output=no/such/file"], "output is 'no/such/file'"),
     ],
 )
@@ -54,4 +55,5 @@ def test_what_cannot_be_used_is_refused(
 ) -> None:
     monkeypatch.chdir(folder)
     assert main(["evaluate", *words]) == 2
-    assert message in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert message in said.err and not said.out  # before anything is evaluated

@@ -262,6 +262,7 @@ def test_the_picture_shows_every_segment(ending: str, run: Path, tmp_path: Path)
         ("", {"path": "no/such.txt"}, "no/such.txt is no file"),
         ("", {"segments": 0}, "segments is 0"),
         ("", {"votes": 0}, "votes is 0"),
+        (QUESTION, {"votes": 2, "seed": -1}, "seed is -1"),
         ("", {"picture": "a.jpg"}, "picture is 'a.jpg'"),
         ("", {"run": None}, "run is missing"),
         ("", {"run": "no/such/run"}, "no/such/run holds no model"),
