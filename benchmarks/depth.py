@@ -11,9 +11,7 @@ Arms, all with the two adapters, the same rows, batches and learning rates:
 Every arm and seed trains for `--seconds` of wall time on one device (or `--steps` steps), learning rates and depth as
 functions of the time spent. Then its answers to unseen problems are judged by depth, trained ones and deeper, and again
 with other N, T and numbers of segments than it was trained with. Results go to `--output` as JSON after each run, a
-table to the terminal; `--plot` draws a finished file, `--merge` joins some. `--shallow LAYERS` first writes a random
-Gemma 3 of so few layers, with a token a word, to BACKBONE: small enough for a CPU, and too shallow to solve the deeper
-problems alone.
+table to the terminal; `--plot` draws a finished file, `--merge` joins some.
 """
 
 from __future__ import annotations
@@ -32,10 +30,8 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from tokenizers import Tokenizer, pre_tokenizers
-from tokenizers.models import WordLevel
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast, set_seed
+from transformers import AutoModelForCausalLM, set_seed
 
 from hrm import HRMGemmaForCausalLM
 from hrm.batching import BatchPlan, micro_batches, scored_tokens
@@ -43,7 +39,7 @@ from hrm.curriculum import set_depth, stages
 from hrm.data import Encoded, Example, Template, encode
 from hrm.evaluate import predict
 from hrm.loss import IGNORED, linear_cross_entropy, next_token_targets
-from hrm.tasks import LETTERS, problems
+from hrm.tasks import problems
 from hrm.train import load_tokenizer
 from hrm.trainer import lr_factor, make_optimizer
 
@@ -67,7 +63,7 @@ ARMS = {
     "ramp": Arm({"grad_l_steps": 4}, RAMP, DEEPER),
     "segments": Arm({"grad_l_steps": 4, **ACT}, RAMP, DEEPER),
 }
-NOT_KEPT = ("output", "plot", "merge", "shallow", "backbone")
+NOT_KEPT = ("output", "plot", "merge", "backbone")
 CORE = {"d_l": 1280, "d_h": 1280, "h_cycles": 4, "l_steps": 4}
 
 
@@ -213,22 +209,6 @@ def make_rows(options: argparse.Namespace, tokenizer: Any) -> tuple[list[Encoded
     return encoded[0], encoded[1], [depth for _, depth in judged.values()]
 
 
-def make_shallow(folder: str, layers: int) -> None:
-    """Writes a random Gemma 3 of `layers` layers and width 128, and a tokenizer with a token for each word."""
-    words = ["<pad>", "<eos>", "<unk>", *LETTERS, *".,?", "at", "from", *map(str, range(100))]
-    tokenizer = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
-    config = Gemma3TextConfig(
-        vocab_size=len(words), hidden_size=128, intermediate_size=512, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32, layer_types=["full_attention"] * layers, query_pre_attn_scalar=32,
-        pad_token_id=0, eos_token_id=1, bos_token_id=None, initializer_range=0.06,
-    )  # fmt: skip
-    set_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-
-
 # ---------------------------------------------------------------------------------------------------- what is shown
 
 
@@ -300,7 +280,6 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--steps", type=int, help="in place of --seconds")
-    parser.add_argument("--shallow", type=int, metavar="LAYERS")
     parser.add_argument("--task", default="object_swaps")
     parser.add_argument("--objects", type=int, default=5)
     parser.add_argument("--max-depth", type=int, default=10)
@@ -324,8 +303,6 @@ def main() -> None:
     if options.plot:
         plot(json.loads(options.output.read_text()), options.plot)
         return
-    if options.shallow:
-        make_shallow(options.backbone, options.shallow)
     tokenizer = load_tokenizer(options.backbone)
     rows, judged, depths = make_rows(options, tokenizer)
     about = {key: value for key, value in vars(options).items() if key not in NOT_KEPT}
