@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, Gemma3nTextConfig, TrainerCallback
+from transformers import AutoModelForCausalLM, Gemma3nTextConfig, TrainerCallback
 
 from hrm.data import Encoded
 from hrm.profile.command import plan_training
-from hrm.profile.measure import measure_memory
+from hrm.profile.measure import measure_memory, text_vocabulary
 from hrm.settings import TrainingSettings, load_settings
 from hrm.train import load_model
 from hrm.trainer import HRMTrainer, make_optimizer
@@ -68,13 +68,13 @@ def run(options: argparse.Namespace) -> None:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, options.gpu_gb * 1e9 / total))
     settings.hrm.backbone = str(options.folder)
-    text, started = AutoConfig.from_pretrained(options.folder).get_text_config(), time.perf_counter()
+    started = time.perf_counter()
     model = load_model(str(options.folder), settings).train()
     loaded = {"loading_s": time.perf_counter() - started} | _memory(cuda, "loading_")
-    vocabulary = min(text.vocab_size, text.vocab_size_per_layer_input)  # the last 256 tokens are images' and sounds'
     draw = torch.Generator().manual_seed(0)
     shape = (4 * settings.train.batch_size, settings.data.max_length)
-    rows = [Encoded(ids[:1], ids[1:]) for ids in torch.randint(vocabulary, shape, generator=draw).tolist()]
+    ids = torch.randint(text_vocabulary(model.config), shape, generator=draw)
+    rows = [Encoded(row[:1], row[1:]) for row in ids.tolist()]
     about = {"device": torch.cuda.get_device_name() if cuda else "cpu", "torch": torch.__version__}
     for way in options.ways:
         model.hrm.fused = way == "fused" and cuda

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 
 from hrm.modeling import HRMGemmaForCausalLM
 from hrm.profile.plan import Step
@@ -25,8 +26,8 @@ def measure_memory(
         step: rows, tokens, segments and autocast; the rest is as the model is.
         optimizer: makes the optimizer; None: no step is taken.
     """
-    device, vocabulary = model.device, model.config.get_text_config().vocab_size
-    ids = torch.randint(vocabulary, (step.micro_batch, step.tokens), device=device)
+    device = model.device
+    ids = torch.randint(text_vocabulary(model.config), (step.micro_batch, step.tokens), device=device)
     mask = torch.ones_like(ids)
     mask[0, -1] = step.micro_batch == 1  # rows of several lengths have a mask
     batch = {"input_ids": ids, "attention_mask": mask, "labels": ids, "segments": step.segments}
@@ -34,6 +35,13 @@ def measure_memory(
         if device.type != "cuda":
             return _saved_bytes(model, batch)
     return _allocated(model, batch, step, optimizer)
+
+
+def text_vocabulary(config: PreTrainedConfig) -> int:
+    """How many of a decoder's token ids stand for text: Gemma 3n's last ids, which stand for images and sounds, have no
+    per-layer embedding."""
+    text = config.get_text_config()
+    return min(text.vocab_size, getattr(text, "vocab_size_per_layer_input", text.vocab_size))
 
 
 def _saved_bytes(model: HRMGemmaForCausalLM, batch: dict[str, Any]) -> dict[str, int]:

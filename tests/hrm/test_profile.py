@@ -189,6 +189,15 @@ def test_what_autocast_copies_is_counted(make_model: Make, kind: str) -> None:
     assert parts["backbone_activations"] + adapters == pytest.approx(found["backbone_activations"], rel=0.15)
 
 
+def test_a_step_is_measured_with_ids_that_have_per_layer_embeddings() -> None:
+    config = backbone_config("gemma3n_text", vocab_size=4096)  # 256 rows of per-layer embeddings
+    model = HRMGemmaForCausalLM.from_backbone(AutoModelForCausalLM.from_config(config), hrm=CORE).train()
+    seen: list[torch.Tensor] = []
+    model.get_decoder().register_forward_pre_hook(lambda *call: seen.append(call[2]["input_ids"]), with_kwargs=True)
+    measure_memory(model, Step(48, 1, dtype=torch.float32, fused=False))
+    assert seen[0].max() < 256
+
+
 def test_checkpointing_saves_the_backbones_activations(kind: str) -> None:
     plan = plan_for(kind, Step(64))
     checkpointed = plan.changed(gradient_checkpointing=True)
