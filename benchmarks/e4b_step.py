@@ -1,6 +1,6 @@
 """Gemma 3n E4B in its real shape, trained for a few steps on a GPU of 24 GB: memory and tokens a second.
 
-    python benchmarks/e4b_step.py make FOLDER             random weights in bfloat16, 14 GB; minutes of a CPU
+    python benchmarks/e4b_step.py make FOLDER             random weights in bfloat16, 14 GB; without a GPU, minutes
     python benchmarks/e4b_step.py run FOLDER [section.key=value ...] [--ways fused eager]
 
 `run` lets this process have `--gpu-gb` of the GPU's memory, loads the backbone in 4 bits with adapters and a core of
@@ -44,7 +44,8 @@ TINY = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "n
 def make(folder: Path, tiny: bool) -> None:
     """Writes config and random weights."""
     config = Gemma3nTextConfig(**TINY if tiny else {})
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e9:.2f} billion parameters in {folder}")
 

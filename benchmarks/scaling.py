@@ -42,6 +42,13 @@ def batch_size(words: Sequence[str]) -> int:
     return load(words).train.batch_size
 
 
+def torchrun(processes: int, words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Command and environment of `hrm train` with these words in so many processes of this machine."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    threads = str(max(1, (os.cpu_count() or 1) // processes))
+    return [*launcher, "-m", "hrm", "train", *words], {"OMP_NUM_THREADS": threads, **os.environ, **ENVIRONMENT}
+
+
 def measure(words: Sequence[str], processes: int, batch: int) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl about steps that one run with so many processes and rows in a batch writes.
 
@@ -49,12 +56,8 @@ def measure(words: Sequence[str], processes: int, batch: int) -> list[dict[str, 
         RuntimeError: the run failed; with the end of what it said.
     """
     words = [*(word for word in words if not word.startswith("train.batch_size=")), f"train.batch_size={batch}"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [*torchrun, "-m", "hrm", "train", *words]
-    threads = str(max(1, (os.cpu_count() or 1) // processes))
-    environment = {"OMP_NUM_THREADS": threads, **os.environ, **ENVIRONMENT}
     with tempfile.TemporaryDirectory() as folder:
-        command.append(f"run.folder={folder}")
+        command, environment = torchrun(processes, [*words, f"run.folder={folder}"])
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-4000:]}")
