@@ -1,4 +1,4 @@
-"""What another way of rounding does to random layers of Gemma 3n E4B's width: `python benchmarks/e4b_rounding.py LAYERS`.
+"""What another rounding does to random layers of Gemma 3n E4B's width: `python benchmarks/e4b_rounding.py LAYERS`.
 
 Logits with PyTorch's attention against those with transformers' plain one, both in bfloat16, 48 tokens.
 """
