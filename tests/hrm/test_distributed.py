@@ -41,12 +41,12 @@ def train(place: Path, name: str, processes: int, *words: str, program: tuple[st
     own += ["train.batch_size=4", "train.save_every=2", "eval.max_new_tokens=1"]
     own += ["train.core_lr=0.01", "train.adapter_lr=0.01", f"run.folder={place / name}"]
     words = words if words[0].startswith("run.resume") else (*own, *words)
-    launch(*program, "train", *words, processes=processes)
+    launch(*program, "train", *words, processes=processes, cwd=place)
     (folder,) = (place / name).iterdir()
     return folder
 
 
-def launch(*command: str, processes: int) -> None:
+def launch(*command: str, processes: int, cwd: Path | None = None) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -54,7 +54,7 @@ def launch(*command: str, processes: int) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, paths))}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--master-addr", "127.0.0.1", "--master-port", str(port)]
     words = [*torchrun, "--nproc-per-node", str(processes), *command]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(words, env=environment, cwd=cwd, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
@@ -77,6 +77,14 @@ def test_two_processes_train_as_one(place: Path, words: tuple[str, ...], request
     for a, b in zip(steps(one), steps(two), strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
+
+
+def test_gradients_are_summed_once_a_step_whatever_the_segments(place: Path) -> None:
+    words = ["hrm.act=true", "hrm.max_segments=4", "hrm.min_segments=1", "hrm.exploration=0.5", "train.steps=8"]
+    train(place, "sums", 2, *words, program=(str(TESTS / "count_sums.py"),))
+    counted = [json.loads((place / f"sums-{rank}.json").read_text()) for rank in (0, 1)]
+    assert [step["sums"] for steps_of_one in counted for step in steps_of_one] == [1] * 16
+    assert any(a["segments"] != b["segments"] for a, b in zip(*counted, strict=True))
 
 
 def test_a_run_goes_on_with_another_number_of_processes(place: Path) -> None:
