@@ -19,7 +19,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from hrm.data import first_line
 from hrm.running import progress_bar
-from hrm.runs import append_line, forget_after
+from hrm.runs import append_line, forget_after, read_lines
 from hrm.settings import UsageError
 
 if TYPE_CHECKING:
@@ -34,19 +34,23 @@ class JsonlCallback(TrainerCallback):
     """Adds each log to `path` as one line, on the disk as soon as it is logged.
 
     A line is {"event": "step", "step": n, ...}; event is "evaluation" where keys begin with eval_, and "summary" for
-    the totals that the Trainer logs at the end. Training that starts or goes on at step n drops lines of later steps.
+    the totals that the Trainer logs at the end. Training that starts or goes on at step n drops lines of later steps,
+    and the summary of an end that it was not; one that is over gets no second summary.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._summed_up = False
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            forget_after(self.path, state.global_step)
+            over = state.global_step >= state.max_steps
+            forget_after(self.path, state.global_step, () if over else ("summary",))
+            self._summed_up = any(line.get("event") == "summary" for line in read_lines(self.path))
 
     def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            logs = kwargs["logs"]
+        logs = kwargs["logs"]
+        if state.is_world_process_zero and not (self._summed_up and _event(logs) == "summary"):
             append_line(self.path, {"event": _event(logs), "step": state.global_step, **logs})
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,13 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [values for _, values in _whole_lines(path)]
 
 
-def forget_after(path: Path, step: int) -> None:
-    """Drops lines of steps after `step`, which come again when a run goes on from there, and a line cut short by a
-    kill. Lines without a step stay; a missing file stays missing."""
+def forget_after(path: Path, step: int, events: Collection[str] = ()) -> None:
+    """Drops lines of steps after `step`, which come again when a run goes on from there, those of `events` whatever
+    their step, and a line cut short by a kill. Lines without a step stay; a missing file stays missing."""
     if not path.is_file():
         return
-    kept = [text for text, values in _whole_lines(path) if values.get("step", 0) <= step]
+    lines = [(text, values) for text, values in _whole_lines(path) if values.get("event") not in events]
+    kept = [text for text, values in lines if values.get("step", 0) <= step]
     staging = path.with_name(f".{path.name}.writing")
     staging.write_text("".join(kept), encoding="utf-8")
     os.replace(staging, path)  # in one step: a kill on the way leaves the old lines

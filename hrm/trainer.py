@@ -152,7 +152,7 @@ class HRMTrainer(Trainer):
 
     def _gradients(self, model: nn.Module, inputs: StepRows) -> Tensor:
         if inputs.segment and self._all_halted():  # the optimizer passes over what has no gradient
-            self._seen.begin_step()
+            self._seen.pass_step(self.args.device)
             return torch.zeros((), device=self.args.device)
         items = self._sum_over_processes(scored_tokens(inputs.rows)).clamp_min(1)
         self._seen.begin_step()
@@ -167,7 +167,7 @@ class HRMTrainer(Trainer):
                 loss = output.loss * self._weight(inputs.segment)
                 self.accelerator.backward(loss * self.args.world_size)  # processes' gradients are averaged
             total += loss.detach() * self.args.world_size
-            self._seen.add(output, part, inputs.segment)
+            self._seen.add(loss, output, part, inputs.segment)
             if self.repeats > 1:
                 carries.append(_lowered(output.carry, self.args.bf16))
                 halted.append(carries[-1].halted | (self._halted[number] if inputs.segment else False))
@@ -282,23 +282,24 @@ class HRMTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds what the steps since the last log measured."""
         if "loss" in logs:
-            self._tr_loss.zero_()  # the Trainer subtracts it from itself, which a NaN survives
-            logs |= self._seen.read(self._sum_over_processes)
+            logs |= self._seen.read(self._sum_over_processes)  # the loss too: the Trainer's forgets what a resume cuts
             logs["adapter_lr"] = float(self.lr_scheduler.get_last_lr()[-1])  # type: ignore[union-attr]
             logs |= {"memory_gb": peak_memory(self.args.device), "skipped_steps": self.skipped}
             logs["micro_batch"] = self.micro_batch
             if self.repeats == 1:
                 logs["segment_limit"] = self._limit
+        elif "train_loss" in logs:
+            logs["train_loss"] = self._seen.total_loss(self._sum_over_processes) / max(1, self.state.global_step)
         super().log(logs, start_time)
         self.state.log_history.clear()  # metrics.jsonl has it; every checkpoint would hold all of it
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 
     def progress(self) -> dict[str, Any]:
-        """What of a run is neither the Trainer's nor a tensor; JSON."""
+        """What of a run is neither the Trainer's nor a tensor; JSON. Every process takes part."""
         return {
             "skipped": self.skipped, "micro_batch": self.micro_batch, "growth": self.growth.state(),
-            "identity": self.identity,
+            "identity": self.identity, "measured": self._seen.state(self._sum_over_processes),
         }  # fmt: skip
 
     def load_progress(self, progress: dict[str, Any]) -> None:
@@ -309,6 +310,7 @@ class HRMTrainer(Trainer):
                 raise UsageError(f"the {what} not what the run in {self.folder} was started with; it cannot go on")
         self.skipped, self.micro_batch = progress["skipped"], progress["micro_batch"]
         self.growth.load_state(progress["growth"])
+        self._seen.load_state(progress["measured"], self.args.device, first=self.is_world_process_zero())
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Writes one, but not on the way where the last step was skipped: what it would hold may do the harm."""
@@ -363,11 +365,14 @@ class HRMTrainer(Trainer):
 # ---------------------------------------------------------------------------------------------------- parts
 
 
+_WHOLE, _EACH = 7, 5  # numbers of a step: of all of it, and of each segment
+
+
 class Measurements:
     """What each step measures, on the device until it is read.
 
-    A step is one vector of sums and of what they are sums over, which is the same on all processes, whatever segments
-    their rows ran: so parts of a batch, on any process, add up to the batch.
+    A step is one vector of sums and of what they are sums over, as long on all processes, whatever segments their rows
+    ran: so parts of a batch, on any process, add up to the batch. One that had nothing left to learn is zeros.
 
     Args:
         segments: the most that a batch runs.
@@ -377,33 +382,38 @@ class Measurements:
         self._segments = segments
         self._steps: list[Tensor] = []  # since the last reading
         self._since = time.perf_counter()
-        self._losses: list[Tensor] = []
+        self._read = 0.0  # the losses of all steps before
         self._parts: list[Tensor] = []
 
     def begin_step(self) -> None:
         """What an attempt that ran out of memory has noted is forgotten."""
-        self._losses, self._parts = [], []
+        self._parts = []
 
     def end_step(self) -> None:
         """Keeps what the step has noted."""
         self._steps.append(torch.stack(self._parts).sum(0))
 
+    def pass_step(self, device: torch.device) -> None:
+        """Keeps a step that had nothing left to learn."""
+        self._parts = [torch.zeros(_WHOLE + _EACH * self._segments, device=device)]
+        self.end_step()
+
     @property
     def loss(self) -> float:
-        """The loss of the current step."""
-        return float(sum(self._losses))
+        """This process's part of the loss of the current step."""
+        return float(sum(part[0] for part in self._parts))
 
-    def add(self, output: HRMOutput, part: dict[str, Tensor], before: int = 0) -> None:
-        """Takes note of one forward pass, whose first segment is the batch's segment `before` + 1."""
-        assert output.loss is not None and output.segment_losses is not None and output.segment_tokens is not None
+    def add(self, loss: Tensor, output: HRMOutput, part: dict[str, Tensor], before: int = 0) -> None:
+        """Takes note of one forward pass and its part of the batch's loss; its first segment is the batch's segment
+        `before` + 1."""
+        assert output.segment_losses is not None and output.segment_tokens is not None
         assert output.segments_used is not None
-        self._losses.append(output.loss.detach())
         scored, zero = output.segment_tokens, torch.zeros_like(output.segment_losses[0])
         tokens = zero + (part["input_ids"].numel() if "attention_mask" not in part else part["attention_mask"].sum())
         q = torch.zeros(2, device=zero.device) if output.q is None else output.q
         q_tokens = zero if output.q is None else scored.sum()
         q_loss = zero if output.q_loss is None else output.q_loss.detach()
-        whole = [(output.segments_used + before) * tokens, tokens, *(q * q_tokens), q_tokens, q_loss]
+        whole = [loss.detach(), (output.segments_used + before) * tokens, tokens, *(q * q_tokens), q_tokens, q_loss]
         moved, moved_tokens = output.residuals, output.residual_tokens
         if moved is None or moved_tokens is None:
             moved, moved_tokens = torch.zeros(len(scored), 2, device=zero.device), torch.zeros_like(scored)
@@ -418,12 +428,10 @@ class Measurements:
         over_processes: the sum of a tensor over them.
         """
         now = time.perf_counter()
-        if not self._steps:  # in no process
-            steps = []
-        else:
-            steps = [self._means(step) for step in over_processes(torch.stack(self._steps)).double().cpu()]
+        steps = [self._means(step) for step in self._summed(over_processes)]
         tokens = sum(step.pop("tokens") for step in steps)
         speed = tokens / (now - self._since)
+        self._read += sum(step["loss"] for step in steps)
         self._steps, self._since = [], now
         found: dict[str, list[float]] = {}
         for step in steps:
@@ -431,14 +439,35 @@ class Measurements:
                 found.setdefault(name, []).append(value)
         return {**{name: sum(values) / len(values) for name, values in found.items()}, "tokens_per_second": speed}
 
-    def _means(self, step: Tensor) -> dict[str, float]:
+    def total_loss(self, over_processes: Callable[[Tensor], Tensor]) -> float:
+        """The sum of the losses of all steps so far, read or not; of all processes, as `read`."""
+        return self._read + sum(step[0] for step in self._summed(over_processes))
+
+    def state(self, over_processes: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        """What the next reading depends on, for `load_state`; JSON. Of all processes, as `read`."""
+        seconds = time.perf_counter() - self._since
+        return {"steps": self._summed(over_processes), "seconds": seconds, "read": self._read}
+
+    def load_state(self, state: dict[str, Any], device: torch.device, first: bool) -> None:
+        """Goes on from `state`, whose sums over all processes become those of the `first` one."""
+        steps = [torch.tensor(step, device=device) for step in state["steps"]]
+        self._steps = steps if first else [torch.zeros_like(step) for step in steps]
+        self._since, self._read = time.perf_counter() - state["seconds"], state["read"]
+
+    def _summed(self, over_processes: Callable[[Tensor], Tensor]) -> list[list[float]]:
+        """The steps since the last reading, of all processes."""
+        return over_processes(torch.stack(self._steps)).tolist() if self._steps else []  # all processes have some
+
+    def _means(self, step: list[float]) -> dict[str, float]:
         """A step's values by name; one that is a mean over nothing is left out."""
-        segments, tokens, q_halt, q_continue, q_tokens, q_loss = step[:6].tolist()
-        values = {"tokens": tokens, "segments": segments / tokens}
-        rows = enumerate(step[6:].view(-1, self._segments).T.tolist(), 1)
-        for m, (loss, scored, moved_l, moved_h, moved) in rows:
+        loss, segments, tokens, q_halt, q_continue, q_tokens, q_loss = step[:_WHOLE]
+        values = {"loss": loss, "tokens": tokens}
+        if tokens:
+            values["segments"] = segments / tokens
+        columns = [step[_WHOLE:][m :: self._segments] for m in range(self._segments)]
+        for m, (segment_loss, scored, moved_l, moved_h, moved) in enumerate(columns, 1):
             if scored:
-                values[f"segment_loss_{m}"] = loss / scored
+                values[f"segment_loss_{m}"] = segment_loss / scored
             if moved:
                 last = {"residual_l": moved_l / moved, "residual_h": moved_h / moved}
                 values |= last | {f"{name}_{m}": value for name, value in last.items()}

@@ -3,7 +3,8 @@
     model.safetensors      what trains, and the core's buffers; the rest is the backbone's own
     optimizer.safetensors  its tensors by parameter; numbers are in optimizer.json
     trainer_state.json     the Trainer's own: step, epoch; what was logged is the run's metrics.jsonl
-    progress.json          schedule, curriculum, counters, digests of data and backbone, number of processes
+    progress.json          schedule, curriculum, counters, what was measured since the last line of metrics.jsonl,
+                           digests of data and backbone, number of processes
     rank-<r>.safetensors   of each process: replay buffer and generators; numbers of these in rank-<r>.json
     manifest.json          SHA-256 of each file
 
@@ -55,6 +56,7 @@ def save_training(trainer: HRMTrainer, folder: Path) -> None:
     # gathered here from all processes, where each has a part
     weights = {name: whole(tensor) for name, tensor in _trained(trainer.model_wrapped).items()}
     tensors, numbers = _optimizer_state(trainer)
+    progress = {"world": trainer.args.world_size, "schedule": _schedule(trainer), **trainer.progress()}
     processes, told = PartialState(), unwritable(folder)
 
     def write() -> None:
@@ -65,8 +67,7 @@ def save_training(trainer: HRMTrainer, folder: Path) -> None:
         write_tensors(place / OPTIMIZER, tensors)
         write_json(place / NUMBERS, numbers)
         trainer.state.save_to_json(str(place / TRAINER_STATE_NAME))
-        progress = {"world": trainer.args.world_size, "schedule": _schedule(trainer)}
-        write_json(place / PROGRESS, {**progress, **trainer.progress()})
+        write_json(place / PROGRESS, progress)
 
     place = on_first(processes, told(lambda: new_place(folder)))
     try:

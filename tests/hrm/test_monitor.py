@@ -144,6 +144,15 @@ def test_going_on_drops_lines_that_come_again(tmp_path):
     assert [(line["step"], line["loss"]) for line in read_lines(path)] == [(1, 1.0), (2, 0.5), (3, 9.0)]
 
 
+def test_a_training_is_summed_up_once_at_its_own_end(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for begun, ended in ((0, 4), (4, 10), (10, 10)):  # the last was over before it began
+        callback = JsonlCallback(path)
+        begin(callback, step=begun)
+        log(callback, ended, {"train_runtime": 1.0, "begun": begun})
+    assert [(line["step"], line["begun"]) for line in read_lines(path)] == [(10, 4)]
+
+
 def test_other_processes_write_serve_and_draw_nothing(tmp_path, served):
     lines, screen = JsonlCallback(tmp_path / "metrics.jsonl"), io.StringIO()
     bar = ProgressCallback(Console(file=screen, force_terminal=True))

@@ -29,4 +29,6 @@ def test_forgetting_keeps_earlier_steps_and_lines_without_one(tmp_path):
         file.write('{"step": 1')
     forget_after(path, 3)
     assert path.read_text() == '{"event": "evaluation"}\n{"step": 2}\n{"step": 3}\n'
+    forget_after(path, 3, events=("evaluation",))
+    assert path.read_text() == '{"step": 2}\n{"step": 3}\n'
     assert [file.name for file in tmp_path.iterdir()] == ["lines.jsonl"]

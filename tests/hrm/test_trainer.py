@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import itertools
 import json
 import os
 import random
@@ -27,7 +29,7 @@ from hrm.batching import BatchPlan, StepRows, micro_batches
 from hrm.curriculum import SegmentGrowth
 from hrm.data import Encoded, Template, encode, load_problems
 from hrm.loss import IGNORED
-from hrm.running import TrainingError, locked
+from hrm.running import Interrupted, TrainingError, locked
 from hrm.saving import checkpoints
 from hrm.settings import TrainingSettings, UsageError, load_settings, load_training_settings
 from hrm.train import fine_tune, load_model, load_tokenizer
@@ -70,10 +72,15 @@ def resume(folder: Path) -> Path:
     return run([f"run.resume={folder}"])
 
 
+def lines(folder: Path) -> list[dict[str, Any]]:
+    """What a run has told, without times, speeds and memory."""
+    timed = ("tokens_per_second", "memory_gb", "train_runtime", "train_samples_per_second", "train_steps_per_second")
+    told = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in timed} for line in told]
+
+
 def steps(folder: Path) -> list[dict[str, Any]]:
-    timed = ("tokens_per_second", "memory_gb")
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in timed} for line in lines if line["event"] == "step"]
+    return [line for line in lines(folder) if line["event"] == "step"]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -224,7 +231,8 @@ def measured(losses: list[float], scored: list[int], moved: list[int], tokens: i
     )  # fmt: skip
     seen = Measurements(4)
     seen.begin_step()
-    seen.add(output, {"input_ids": torch.zeros(1, tokens), "attention_mask": torch.ones(1, tokens)})
+    part = {"input_ids": torch.zeros(1, tokens), "attention_mask": torch.ones(1, tokens)}
+    seen.add(torch.tensor(losses[0]), output, part)
     seen.end_step()
     return seen
 
@@ -234,11 +242,26 @@ def test_processes_whose_rows_ran_different_segments_are_measured_as_one() -> No
     read = first.read(lambda steps: steps + torch.stack(other._steps))
     assert read.pop("tokens_per_second") > 0
     assert read == pytest.approx({
-        "segments": (2 * 6 + 1 * 18) / 24, "segment_loss_1": (3 * 4 + 1 * 12) / 16, "segment_loss_2": 2,
+        "loss": 3 + 1, "segments": (2 * 6 + 1 * 18) / 24, "segment_loss_1": (3 * 4 + 1 * 12) / 16, "segment_loss_2": 2,
         "segment_loss_3": 1, "residual_l_1": 3, "residual_h_1": 3, "residual_l_2": 2, "residual_h_2": 2,
         "residual_l": 2, "residual_h": 2, "q_halt": (3 * 8 + 1 * 12) / 20, "q_continue": 0, "q_loss": 1,
     })  # fmt: skip
     assert first.read(lambda steps: steps).keys() == {"tokens_per_second"}
+
+
+def test_what_was_measured_goes_on_with_any_number_of_processes() -> None:
+    both = [measured([3.0, 2.0], [4, 2], [6, 5], tokens=6), measured([1.0], [12], [0], tokens=18)]
+    theirs = torch.stack(both[1]._steps)
+    state = json.loads(json.dumps(both[0].state(lambda steps: steps + theirs)))
+    expected = both[0].read(lambda steps: steps + theirs)
+    for count in (1, 2, 3):
+        processes = [Measurements(4) for _ in range(count)]
+        for rank, seen in enumerate(processes):
+            seen.load_state(state, torch.device("cpu"), first=rank == 0)
+        others = sum(torch.stack(seen._steps) for seen in processes[1:])
+        read = processes[0].read(lambda steps, others=others: steps + others)
+        assert read.pop("tokens_per_second") > 0
+        assert read == {name: value for name, value in expected.items() if name != "tokens_per_second"}
 
 
 def test_lines_further_apart_than_the_steps_still_end_with_one(settings: Load) -> None:
@@ -379,13 +402,49 @@ def test_a_resumed_run_goes_on_bit_for_bit(
     assert_same(*(load_file(checkpoints(f)[-1] / "optimizer.safetensors") for f in (straight, cut)))
 
 
+@pytest.mark.parametrize("seed", [0, 3, 5, 7])  # among them all kinds and ends
+def test_a_resumed_run_tells_what_an_unbroken_one_does(
+    settings: Load, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However far lines and checkpoints are apart, and wherever it ends, twice: killed or by a signal."""
+    draw = random.Random(seed)
+    every = [f"train.log_every={draw.randint(2, 5)}", f"train.save_every={draw.randint(1, 3)}"]
+    kind = draw.choice([["hrm.segments=2"], ACT, [*ACT, "train.update_every=segment"]])
+    arguments = settings(*kind, *every, "train.steps=12", "train.deterministic=true")
+    straight = run(arguments)
+    step = HRMTrainer.training_step
+    for words in ([*arguments, f"run.folder={tmp_path / 'cut'}"], None):
+        last, killed = draw.randint(2, 11), draw.random() < 0.5
+
+        def ended(self: HRMTrainer, *args: Any, last: int = last, killed: bool = killed) -> Any:
+            if self.state.global_step >= last:
+                if killed:
+                    raise Killed
+                signal.raise_signal(signal.SIGTERM)
+            return step(self, *args)
+
+        with monkeypatch.context() as patched, contextlib.suppress(Killed, Interrupted):
+            patched.setattr(HRMTrainer, "training_step", ended)
+            run(words or [f"run.resume={next((tmp_path / 'cut').iterdir())}"])
+    (cut,) = (tmp_path / "cut").iterdir()
+    resume(cut)
+    assert lines(cut) == lines(straight)
+    assert lines(cut)[-2]["train_loss"] == pytest.approx(
+        sum(line["loss"] * count for line, count in zip(steps(cut), _windows(steps(cut)), strict=True)) / 12
+    )
+
+
+def _windows(told: list[dict[str, Any]]) -> list[int]:
+    """How many steps each line is of."""
+    numbers = [0, *(line["step"] for line in told)]
+    return [after - before for before, after in itertools.pairwise(numbers)]
+
+
 def test_a_finished_run_is_not_trained_or_judged_again(settings: Load) -> None:
     folder = run(settings())
     before = (folder / "metrics.jsonl").read_text()
     resume(folder)
-    assert [line for line in (folder / "metrics.jsonl").read_text().splitlines() if "summary" not in line] == [
-        line for line in before.splitlines() if "summary" not in line
-    ]
+    assert (folder / "metrics.jsonl").read_text() == before
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "progress.json", "rank-0.safetensors"])
