@@ -7,7 +7,7 @@ import itertools
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -106,8 +106,14 @@ def on_each(processes: PartialState, make: Callable[[], T]) -> T:
     return cast(T, made)
 
 
-def new_run_folder(settings: Any, name: str) -> Path:
-    """Makes `run.folder`/<name>-<time> and writes its config.yaml; a UsageError where there is no making it."""
+def run_folder(settings: Any, name: str) -> Path:
+    """The folder of the run that goes on, or a new one: `run.folder`/<name>-<time>, with its config.yaml.
+
+    Raises:
+        UsageError: it cannot be made.
+    """
+    if settings.run.resume is not None:
+        return Path(settings.run.resume)
     stem = f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
     names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
     folder = next(path for name in names if not (path := Path(settings.run.folder) / name).exists())
@@ -147,6 +153,23 @@ def locked(folder: Path) -> Iterator[None]:
             yield
         finally:
             path.unlink(missing_ok=True)
+
+
+def check_unchanged(before: Mapping[str, str], now: Mapping[str, str], names: Mapping[str, str], folder: Path) -> None:
+    """That a run goes on with what it was started with.
+
+    Args:
+        before: digests in its checkpoint.
+        now: digests of what there is, with the same keys.
+        names: what messages call each.
+        folder: of the run.
+
+    Raises:
+        UsageError: one has changed; the message names it.
+    """
+    for key, digest in before.items():
+        if now.get(key) != digest:
+            raise UsageError(f"{names[key]} not what the run in {folder} was started with; it cannot go on")
 
 
 class StopOnInterrupt:

@@ -30,9 +30,9 @@ from hrm.running import (
     TrainingError,
     joined_processes,
     locked,
-    new_run_folder,
     on_each,
     on_first,
+    run_folder,
 )
 from hrm.runs import METRICS, append_line
 from hrm.saving import checkpoints, unwritable
@@ -77,7 +77,7 @@ def _check(settings: Any, processes: int) -> None:
 def _fine_tune(settings: Any, processes: PartialState, console: Console, exporter: list[TrainerCallback]) -> Path:
     job = on_each(processes, lambda: Job.load(settings, console))
     job.warn_of_memory(processes.num_processes, console)
-    folder = on_first(processes, lambda: _folder(settings))
+    folder = on_first(processes, lambda: run_folder(settings, settings.run.name))
     report.print_start(console, job.model, job.backbone, len(job.rows), len(job.problems.held_out), folder)
     run = Run(folder, job, console, processes)
     with ExitStack() as held:
@@ -216,10 +216,6 @@ def load_model(backbone: str, settings: Any) -> HRMGemmaForCausalLM:
 
 
 # ---------------------------------------------------------------------------------------------------- the run folder
-
-
-def _folder(settings: Any) -> Path:
-    return new_run_folder(settings, settings.run.name) if settings.run.resume is None else Path(settings.run.resume)
 
 
 class Run:

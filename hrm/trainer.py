@@ -24,7 +24,7 @@ from hrm.curriculum import SegmentGrowth, set_depth, stages
 from hrm.data import Encoded
 from hrm.loss import IGNORED
 from hrm.modeling import HRMGemmaForCausalLM, HRMOutput
-from hrm.running import TrainingError, is_out_of_memory, peak_memory
+from hrm.running import TrainingError, check_unchanged, is_out_of_memory, peak_memory
 from hrm.saving import checkpoint_folder, checkpoints, remove_old_checkpoints, step_of
 from hrm.settings import UsageError
 from hrm.sharding import here, set_up_sharding, whole
@@ -304,10 +304,8 @@ class HRMTrainer(Trainer):
 
     def load_progress(self, progress: dict[str, Any]) -> None:
         """Puts back what `progress` gave; a UsageError where it was of other rows or another backbone."""
-        for part, digest in progress["identity"].items():
-            if self.identity[part] != digest:
-                what = "training data are" if part == "rows" else "backbone is"
-                raise UsageError(f"the {what} not what the run in {self.folder} was started with; it cannot go on")
+        names = {"rows": "the training data are", "backbone": "the backbone is"}
+        check_unchanged(progress["identity"], self.identity, names, self.folder)
         self.skipped, self.micro_batch = progress["skipped"], progress["micro_batch"]
         self.growth.load_state(progress["growth"])
         self._seen.load_state(progress["measured"], self.args.device, first=self.is_world_process_zero())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import os
 import tempfile
 import zipfile
@@ -60,6 +61,13 @@ class PuzzleSet:
 
     def __len__(self) -> int:
         return len(self.inputs)
+
+    def digest(self) -> str:
+        """SHA-256 of the puzzles and their order; names aside."""
+        sha256 = hashlib.sha256(f"{self.task}{self.side}{self.vocab_size}{self.num_puzzle_ids}".encode())
+        for array in (self.inputs, self.labels, self.groups, self.puzzle_ids):
+            sha256.update(np.ascontiguousarray(array).data)
+        return sha256.hexdigest()
 
     def subset(self, indices: NDArray[np.integer] | Sequence[int] | slice) -> PuzzleSet:
         """The rows at `indices`; puzzle ids and their names stay as they are."""

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,13 @@ from hrm.running import (
     Interrupted,
     StopOnInterrupt,
     TrainingError,
+    check_unchanged,
     joined_processes,
-    new_run_folder,
+    locked,
     on_first,
     peak_memory,
     progress_bar,
+    run_folder,
 )
 from hrm.runs import METRICS, forget_after
 from hrm.saving import checkpoints
@@ -57,10 +60,13 @@ def train_puzzle(settings: Any, console: Console) -> Path:
         training, test = load_data(settings)
         shown = console if processes.is_main_process else Console(quiet=True)
         run = PuzzleRun(settings, training, test, shown, processes)
-        try:
-            run.train()
-        finally:
-            run.engine.close()
+        with ExitStack() as held:
+            on_first(processes, lambda: held.enter_context(locked(run.folder)))
+            run.begin()
+            try:
+                run.train()
+            finally:
+                run.engine.close()
     return run.folder
 
 
@@ -94,19 +100,26 @@ def _check_test(config: PuzzleConfig, test: PuzzleSet) -> None:
         raise UsageError(f"data.test_path: {error}") from error
 
 
+def _called(part: str, path: str | None) -> str:
+    """What messages call the puzzles of a file, or those that were generated."""
+    return f"the {part} puzzles {f'of {path} ' if path else ''}are"
+
+
 def _name(settings: Any) -> str:
     return settings.run.name or f"{settings.puzzle}-{settings.model}"
 
 
 class PuzzleRun:
     """One training run and its folder: config.yaml, metrics.jsonl, evaluations.jsonl, checkpoints/, model/, at the
-    end curve.png. All processes have one; the first one's writes."""
+    end curve.png. All processes have one; the first one's writes. `begin`, then `train`."""
 
     def __init__(
         self, settings: Any, training: PuzzleSet, test: PuzzleSet | None, console: Console, processes: PartialState
     ) -> None:
-        self.settings, self.test, self.console, self.processes = settings, test, console, processes
+        self.settings, self.training, self.test = settings, training, test
+        self.console, self.processes = console, processes
         share = {"rank": processes.process_index, "world": processes.num_processes}
+        self.identity = {"training": training.digest(), "test": "" if test is None else test.digest()}
         self.about = {"task": training.task, "side": list(training.side), "vocab_size": training.vocab_size}
         sizes = {"vocab_size": training.vocab_size, "seq_len": training.side[0] * training.side[1],
                  "num_puzzle_ids": training.num_puzzle_ids}  # fmt: skip
@@ -128,20 +141,28 @@ class PuzzleRun:
         self.stages = stages(train.depth, train.steps, config.h_cycles, config.l_steps)
         self.config = config
         self.step, self.logged, self.seconds = 0, 0, 0.0
-        if settings.run.resume:
-            self.folder = self._resume()
-        else:
-            self.folder = on_first(processes, lambda: new_run_folder(settings, _name(settings)))
-        if processes.num_processes > 1 and not alike(list(model.state_dict().values())):
+        self.folder = on_first(processes, lambda: run_folder(settings, _name(settings)))
+
+    def begin(self) -> None:
+        """Puts the newest checkpoint back where there is one, and says what is trained.
+
+        Raises:
+            UsageError: the checkpoint is damaged, or of another model or other puzzles.
+            TrainingError: the processes have different weights.
+        """
+        if self.settings.run.resume is not None:
+            self._resume()
+        model = self.engine.model
+        if self.processes.num_processes > 1 and not alike(list(model.state_dict().values())):
             raise TrainingError(
                 "the processes start from different weights; they should see the same settings and run folder"
             )
         self._started = time.perf_counter() - self.seconds
         parameters = sum(p.numel() for p in model.parameters()) / 1e6
-        console.print(
-            f"{settings.model} on {model.device} ({model.dtype}), {parameters:.1f} M parameters; {len(training)} "
-            f"puzzles to train on, {0 if test is None else len(test)} others to test on\nRun folder: {self.folder}",
-            markup=False, soft_wrap=True,
+        self.console.print(
+            f"{self.settings.model} on {model.device} ({model.dtype}), {parameters:.1f} M parameters; "
+            f"{len(self.training)} puzzles to train on, {0 if self.test is None else len(self.test)} others to test on"
+            f"\nRun folder: {self.folder}", markup=False, soft_wrap=True,
         )  # fmt: skip
 
     # ------------------------------------------------------------------------------------------------ the loop
@@ -245,7 +266,7 @@ class PuzzleRun:
         on_first(self.processes, lambda: self._write(state))
 
     def _write(self, state: Mapping[str, Tensor]) -> None:
-        save_checkpoint(self.folder, self.step, state, {"seconds": self.seconds})
+        save_checkpoint(self.folder, self.step, state, {"seconds": self.seconds, "identity": self.identity})
         self._write_model()
 
     def _write_model(self) -> None:
@@ -278,27 +299,28 @@ class PuzzleRun:
 
     # ------------------------------------------------------------------------------------------------ begin, resume
 
-    def _resume(self) -> Path:
-        folder = Path(self.settings.run.resume)
-        saved = checkpoints(folder)
+    def _resume(self) -> None:
+        saved = checkpoints(self.folder)
         if not saved:
-            self.console.print(f"{folder} has no checkpoint yet; starting at step 0", markup=False)
-            self._forget_after(folder, 0)
-            return folder
+            self.console.print(f"{self.folder} has no checkpoint yet; starting at step 0", markup=False)
+            self._forget_after(0)
+            return
         state, progress = load_checkpoint(saved[-1])
+        data = self.settings.data
+        names = {"training": _called("training", data.path), "test": _called("test", data.test_path)}
+        check_unchanged(progress["identity"], self.identity, names, self.folder)
         try:
             self.engine.load_state(state)
         except (ValueError, RuntimeError) as error:
             raise UsageError(f"{saved[-1]} does not fit this run: {error}") from error
         self.step = self.logged = progress["step"]
         self.seconds = progress["seconds"]
-        self._forget_after(folder, self.step)
-        return folder
+        self._forget_after(self.step)
 
-    def _forget_after(self, folder: Path, step: int) -> None:
+    def _forget_after(self, step: int) -> None:
         """Drops lines of steps that the checkpoint does not know, and a line cut short by a kill; they come again."""
         if not self.processes.is_main_process:
             return
-        forget_after(folder / METRICS, step)
+        forget_after(self.folder / METRICS, step)
         # the last evaluation is made again also where training was over
-        forget_after(folder / "evaluations.jsonl", min(step, self.settings.train.steps - 1))
+        forget_after(self.folder / "evaluations.jsonl", min(step, self.settings.train.steps - 1))

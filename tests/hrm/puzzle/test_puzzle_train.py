@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from hrm.puzzle.saving import STATE, load_checkpoint, load_model, save_checkpoin
 from hrm.puzzle.settings import load_puzzle_settings
 from hrm.puzzle.sudoku import generate
 from hrm.puzzle.train import PuzzleRun, learning_rate, train_puzzle
-from hrm.running import Interrupted, TrainingError
+from hrm.running import Interrupted, TrainingError, locked
 from hrm.saving import checkpoints
 from hrm.settings import UsageError
 
@@ -133,6 +134,37 @@ def test_a_truncated_state_is_refused_by_name(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(UsageError, match=r"state\.safetensors cannot be read"):
         resume(folder)
+
+
+def test_a_folder_is_trained_into_by_one_process(tmp_path: Path) -> None:
+    folder = run(tmp_path, "train.steps=4", "train.save_every=4")
+    shutil.rmtree(checkpoints(folder)[-1])
+    before = (folder / "metrics.jsonl").read_text()
+    with locked(folder), pytest.raises(UsageError, match="is being trained into by another process"):
+        resume(folder)
+    assert (folder / "metrics.jsonl").read_text() == before  # the other process's
+    resume(folder)
+
+
+@pytest.mark.parametrize("part", ["training", "test"])
+def test_other_puzzles_are_refused_by_name(tmp_path: Path, part: str) -> None:
+    first, second = (generate(4, 9, 3, seed) for seed in (0, 1))
+    files = {"training": tmp_path / "train.npz", "test": tmp_path / "test.npz"}
+    for path, rated in zip(files.values(), first, strict=True):
+        rated.puzzles.save(path)
+    data = [f"data.path={files['training']}", f"data.test_path={files['test']}"]
+    folder = run(tmp_path / "runs", *data, "train.steps=2")
+    kept = first[part == "test"].puzzles
+    second[part == "test"].puzzles.save(files[part])
+    with pytest.raises(
+        UsageError, match=f"the {part} puzzles of {files[part]} are not what the run in .* started with"
+    ):
+        resume(folder)
+    replace(kept, labels=kept.labels[::-1].copy()).save(files[part])
+    with pytest.raises(UsageError, match="cannot go on"):
+        resume(folder)
+    kept.save(files[part])
+    resume(folder)
 
 
 def test_the_saved_model_is_the_averaged_one(tmp_path: Path) -> None:
