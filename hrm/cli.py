@@ -21,7 +21,7 @@ from rich.console import Console
 from hrm.analysis.command import AnalyseSettings
 from hrm.lm_eval import LmEvalSettings
 from hrm.plot import PlotSettings
-from hrm.preset import read_preset
+from hrm.preset import preset_defaults
 from hrm.profile.command import ProfileSettings
 from hrm.puzzle.command_data import DataSettings
 from hrm.puzzle.command_evaluate import EvaluateSettings
@@ -223,6 +223,8 @@ def _dispatch(words: list[str]) -> int:
     verb = VERBS[name]
     if name == "train":
         verb = _training(verb, overrides)
+    elif name == "profile":
+        verb = _from_preset(verb, overrides)
     if name in BARE:  # hrm solve FILE
         overrides = [word if "=" in word or word.startswith("-") else f"{BARE[name]}={word}" for word in overrides]
     if any(word in ("-h", "--help") for word in overrides):
@@ -238,18 +240,18 @@ BARE = {"solve": "path", "plot": "run", "analyse": "run", "lm-eval": "run"}  # k
 
 def _training(verb: Verb, overrides: Sequence[str]) -> Verb:
     """`hrm train` of what the words ask for, whose defaults are those of the preset that they choose."""
-    words = [word for word in overrides if not word.startswith("-")]
-    preset = any(word.startswith("preset=") for word in words)
     if not _on_puzzles(overrides):
-        return replace(verb, defaults=lambda: _preset_defaults(words)) if preset else verb
-    if preset:
+        return _from_preset(verb, overrides)
+    words = [word for word in overrides if not word.startswith("-")]
+    if any(word.startswith("preset=") for word in words):
         raise UsageError("preset is given beside puzzle; a puzzle and its model choose their preset themselves")
     return replace(PUZZLE_TRAINING, defaults=lambda: preset_of(words))
 
 
-def _preset_defaults(words: Sequence[str]) -> dict[str, Any]:
-    name = load_settings(TrainingSettings, words).preset
-    return {} if name is None else read_preset(name, TrainingSettings, words)
+def _from_preset(verb: Verb, overrides: Sequence[str]) -> Verb:
+    """`verb` with the values of the preset that the words name, if they do."""
+    words = [word for word in overrides if word.startswith(("preset=", "data.task="))]
+    return replace(verb, defaults=lambda: preset_defaults(verb.schema, words))
 
 
 def _on_puzzles(overrides: Sequence[str]) -> bool:

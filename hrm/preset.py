@@ -1,4 +1,4 @@
-"""Presets of `hrm train`: settings kept as YAML, in the package by name or in a file of the user's."""
+"""Presets of `hrm train` and `hrm profile`: settings kept as YAML, in the package by name or in a user's file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from hrm.settings import Key, UsageError, keys_of, kind_name, nearest
+from hrm.settings import Key, TrainingSettings, UsageError, keys_of, kind_name, load_settings, nearest
 
 PRESETS = Path(__file__).parent / "presets"
 SUFFIXES = (".yaml", ".yml")  # of a file; anything else is a name
@@ -22,12 +22,22 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
+def preset_defaults(schema: type, overrides: Sequence[str]) -> dict[str, Any]:
+    """What `load_settings` takes as defaults of `schema`, which has a key `preset`, where `overrides` are typed.
+
+    Raises:
+        UsageError: as `load_settings` and `read_preset`.
+    """
+    name = load_settings(schema, overrides).preset
+    return {} if name is None else read_preset(name, schema, overrides)
+
+
 def read_preset(name: str, schema: type, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The values of a preset by section, and its name under "preset": what `load_settings` takes as defaults.
+    """The values of a preset by section, and its name under "preset".
 
     Args:
         name: of a packaged preset, or a file that ends in .yaml or .yml.
-        schema: the class of the settings.
+        schema: the class of the settings; what only `hrm train` has keys for is checked and left out of others.
         overrides: what was typed; with another task than the preset's, the options of the preset's task are left out.
 
     Raises:
@@ -35,12 +45,13 @@ def read_preset(name: str, schema: type, overrides: Sequence[str] = ()) -> dict[
             belongs on the command line or a value of the wrong type; the message names the file and the key.
     """
     path = _path(name)
-    keys = {key.name: key for key in keys_of(schema)}
-    config = OmegaConf.structured(schema)
+    keys, wanted = {key.name: key for key in keys_of(TrainingSettings)}, {key.name for key in keys_of(schema)}
+    config = OmegaConf.structured(TrainingSettings)
     preset = OmegaConf.create({"preset": name})
     for key, value in _leaves(_load(path), keys, path):
         _check_type(config, key, value, path)
-        OmegaConf.update(preset, key.name, value, force_add=True)
+        if key.name in wanted:
+            OmegaConf.update(preset, key.name, value, force_add=True)
     values: Any = OmegaConf.to_container(preset)
     if any(word.startswith("data.task=") for word in overrides):
         for options in ("task_options", "held_out_options"):

@@ -287,14 +287,12 @@ def load_training_settings(overrides: Sequence[str]) -> Any:
     Raises:
         UsageError: as `load_settings`, `hrm.preset.read_preset` and `saved_settings`.
     """
-    from hrm.preset import read_preset  # which is made of this module
+    from hrm.preset import preset_defaults  # which is made of this module
 
     given = load_settings(TrainingSettings, overrides)
     if given.run.resume is not None:
         return saved_settings(given.run.resume, TrainingSettings, overrides)
-    if given.preset is None:
-        return given
-    return load_settings(TrainingSettings, overrides, read_preset(given.preset, TrainingSettings, overrides))
+    return load_settings(TrainingSettings, overrides, preset_defaults(TrainingSettings, overrides))
 
 
 def saved_settings(folder: str, schema: type, overrides: Sequence[str], beside: tuple[str, ...] = ()) -> Any:

@@ -43,6 +43,8 @@ class ProfileSettings:
     lora: LoraSection = field(default_factory=LoraSection)  # type: ignore[valid-type]
     data: PlannedData = field(default_factory=PlannedData)
     train: TrainSection = field(default_factory=TrainSection)
+    preset: str | None = None
+    """Settings to start from, as of `hrm train`: the name of a preset (depth, gsm8k), or a YAML file of sections."""
     gpu_gb: float | None = None
     """GB of the GPU that is planned for; null: what this machine's has, if there is one."""
 

@@ -1,15 +1,17 @@
-"""Presets of `hrm train`: by name and by file, under what is typed, kept with the run, and refused where wrong."""
+"""Presets: by name and by file, under what is typed, kept with the run, planned with, and refused where wrong."""
 
 import json
 
 import pytest
 from omegaconf import OmegaConf
 from rich.console import Console
+from small_models import backbone_config
 from tiny_backbone import TINY_CORE, save_tiny_backbone
 
 from hrm.cli import main
-from hrm.preset import PRESETS, preset_names, read_preset
-from hrm.settings import TrainingSettings, UsageError, check_training, load_training_settings
+from hrm.preset import PRESETS, preset_defaults, preset_names, read_preset
+from hrm.profile.command import ProfileSettings, plan_training
+from hrm.settings import TrainingSettings, UsageError, check_training, load_settings, load_training_settings
 from hrm.train import fine_tune
 
 
@@ -60,6 +62,28 @@ def test_help_shows_the_presets_values(capsys):
     assert "data.task_options={'objects': 5, 'max_depth': 10}\n" in out
 
 
+@pytest.mark.parametrize("name", ["depth", "gsm8k", "mine.yaml"])
+def test_what_is_planned_is_what_is_trained(name, tmp_path):
+    text = "data: {path: rows.jsonl, max_length: 99}\nrun: {name: x}\nlora: {low_rank: 4}\ntrain: {batch_size: 3}\n"
+    name = name if name in preset_names() else str(write(tmp_path / name, text))
+    words = [f"preset={name}", "hrm.d_l=64", "hrm.d_h=64", "train.gradient_checkpointing=true"]
+    planned = load_settings(ProfileSettings, words, preset_defaults(ProfileSettings, words))
+    trained = load_training_settings(words)
+    assert planned.preset == name
+    assert all(planned[section] == trained[section] for section in ("hrm", "lora", "train"))
+    plans = [plan_training(settings, backbone_config("qwen3")) for settings in (planned, trained)]
+    assert plans[0].parts == plans[1].parts and plans[0].step == plans[1].step
+
+
+def test_profile_takes_a_preset(tmp_path, capsys):
+    backbone_config("qwen3").save_pretrained(tmp_path)
+    words = [f"hrm.backbone={tmp_path}", "hrm.d_l=64", "hrm.d_h=64", "data.max_length=64"]
+    assert main(["profile", "preset=gsm8k", *words]) == 0
+    assert "32 x 64 tokens" in capsys.readouterr().out
+    assert main(["profile", "preset=depth", "--help"]) == 0
+    assert "train.batch_size=256\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -94,10 +118,11 @@ def test_a_wrong_file_is_named_with_its_key(tmp_path, text, message):
     ],
 )
 def test_wrong_words_are_one_line_and_status_2(words, message, capsys):
-    assert main(["train", *words]) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
+    for verb in ["train"] if "preset=depth" in words else ["train", "profile"]:
+        assert main([verb, *words]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
 
 
 def test_the_quickstart_has_no_preset(capsys):
