@@ -1,37 +1,24 @@
 """The command line: `hrm <verb> [section.key=value ...]`.
 
 Exit status: 0 done; 1 failed while running; 2 used wrongly; 130 stopped by Ctrl-C.
+
+PyTorch and all that is built on it are imported when a verb runs: help and mistakes need not wait for them.
 """
 
 from __future__ import annotations
 
 import os
-import signal
 import sys
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-from rich.console import Console
-
-from hrm.analysis.command import AnalyseSettings
-from hrm.lm_eval import LmEvalSettings
-from hrm.plot import PlotSettings
+from hrm.interrupt import STOPPED, raise_on_interrupt
 from hrm.preset import preset_defaults
-from hrm.profile.command import ProfileSettings
-from hrm.puzzle.command_data import DataSettings
-from hrm.puzzle.command_evaluate import EvaluateSettings
-from hrm.puzzle.settings import PuzzleTrainingSettings, load_puzzle_settings, preset_of
-from hrm.puzzle.solve import SolveSettings
 from hrm.settings import (
-    GenerateSettings,
-    InfoSettings,
-    QuickstartSettings,
-    TrainingSettings,
     UsageError,
     cache_folder,
     default_backbone,
@@ -44,6 +31,8 @@ from hrm.settings import (
 
 def quickstart_defaults() -> dict[str, Any]:
     """What the quickstart trains: minutes of two CPU cores, or a larger share of the task in less time on a GPU."""
+    import torch
+
     on_gpu = torch.cuda.is_available()
     return {
         "hrm": {"d_l": 640, "d_h": 640, "h_cycles": 2, "l_steps": 4},
@@ -65,14 +54,25 @@ class Verb:
 
     run: Callable[[Any], None]
     summary: str
-    schema: type
+    settings: str
+    """The class of its settings, as module:class."""
+    needs: str
+    """A module that imports most of what `run` does, which takes seconds."""
     defaults: Callable[[], dict[str, Any]] = dict
     load: Callable[[Sequence[str]], Any] | None = None
     """Reads the settings where there is more to it than `schema` and `defaults`."""
 
+    @property
+    def schema(self) -> type:
+        """The class of its settings."""
+        module, _, name = self.settings.partition(":")
+        return getattr(import_module(module), name)
+
 
 def quickstart(settings: Any) -> None:
     """Trains on a small task, with the demo model unless another is named."""
+    from rich.console import Console
+
     from hrm.demo import demo_backbone
     from hrm.train import fine_tune
 
@@ -84,6 +84,8 @@ def quickstart(settings: Any) -> None:
 
 def train(settings: Any) -> None:
     """Trains on the user's data."""
+    from rich.console import Console
+
     from hrm.train import fine_tune
 
     fine_tune(settings, Console())
@@ -91,6 +93,8 @@ def train(settings: Any) -> None:
 
 def train_puzzles(settings: Any) -> None:
     """Trains a puzzle model from scratch."""
+    from rich.console import Console
+
     from hrm.puzzle.train import train_puzzle
 
     train_puzzle(settings, Console())
@@ -154,6 +158,8 @@ def generate(settings: Any) -> None:
 
 def info(settings: Any) -> None:
     """Prints versions, the device, which kernels run, and where things are kept."""
+    import torch
+
     import hrm_kernels
 
     for package in ("hrm-kernels", "torch", "triton", "transformers", "peft", "accelerate"):
@@ -169,39 +175,79 @@ VERBS = {
     "quickstart": Verb(
         quickstart,
         "train on Gemma 3 270M in minutes and see what it learnt",
-        QuickstartSettings,
+        "hrm.settings:QuickstartSettings",
+        "hrm.train",
         quickstart_defaults,
     ),
     "train": Verb(
         train,
         "train on your own prompts and answers; with puzzle=sudoku: on puzzles",
-        TrainingSettings,
+        "hrm.settings:TrainingSettings",
+        "hrm.train",
         load=load_training_settings,
     ),
-    "generate": Verb(generate, "answer a prompt with a trained model", GenerateSettings),
-    "profile": Verb(profile, "predict a training step's memory, and what would save some", ProfileSettings),
-    "plot": Verb(plot, "draw the loss, states, Q values, depth and speed of a run", PlotSettings),
-    "analyse": Verb(analyse, "measure gradient, fixed point and convergence of a trained core", AnalyseSettings),
-    "data": Verb(data, "read, check or make puzzles: Sudoku, mazes, ARC", DataSettings),
-    "evaluate": Verb(evaluate, "score a trained puzzle model on a file of puzzles", EvaluateSettings),
-    "lm-eval": Verb(lm_eval, "score a checkpoint or a plain model on lm-evaluation-harness tasks", LmEvalSettings),
-    "solve": Verb(solve, "solve the puzzles of a file, or of standard input", SolveSettings),
-    "info": Verb(info, "versions, device, kernels and folders", InfoSettings),
+    "generate": Verb(generate, "answer a prompt with a trained model", "hrm.settings:GenerateSettings", "hrm.generate"),
+    "profile": Verb(
+        profile,
+        "predict a training step's memory, and what would save some",
+        "hrm.profile.command:ProfileSettings",
+        "hrm.profile.report",
+    ),
+    "plot": Verb(
+        plot, "draw the loss, states, Q values, depth and speed of a run", "hrm.plot:PlotSettings", "matplotlib.figure"
+    ),
+    "analyse": Verb(
+        analyse,
+        "measure gradient, fixed point and convergence of a trained core",
+        "hrm.analysis.command:AnalyseSettings",
+        "hrm.generate",
+    ),
+    "data": Verb(
+        data,
+        "read, check or make puzzles: Sudoku, mazes, ARC",
+        "hrm.puzzle.command_data:DataSettings",
+        "hrm.puzzle.command_data",
+    ),
+    "evaluate": Verb(
+        evaluate,
+        "score a trained puzzle model on a file of puzzles",
+        "hrm.puzzle.command_evaluate:EvaluateSettings",
+        "hrm.puzzle.command_evaluate",
+    ),
+    "lm-eval": Verb(
+        lm_eval,
+        "score a checkpoint or a plain model on lm-evaluation-harness tasks",
+        "hrm.lm_eval:LmEvalSettings",
+        "hrm.generate",
+    ),
+    "solve": Verb(
+        solve,
+        "solve the puzzles of a file, or of standard input",
+        "hrm.puzzle.solve:SolveSettings",
+        "hrm.puzzle.solve",
+    ),
+    "info": Verb(info, "versions, device, kernels and folders", "hrm.settings:InfoSettings", "hrm_kernels"),
 }
+
+
+def _load_puzzle_settings(overrides: Sequence[str]) -> Any:
+    from hrm.puzzle.settings import load_puzzle_settings
+
+    return load_puzzle_settings(overrides)
+
 
 PUZZLE_TRAINING = Verb(
     train_puzzles,
     "train HRM or TRM from scratch on puzzles",
-    PuzzleTrainingSettings,
-    load=load_puzzle_settings,
+    "hrm.puzzle.settings:PuzzleTrainingSettings",
+    "hrm.puzzle.train",
+    load=_load_puzzle_settings,
 )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command line and returns its exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is the user's
     try:
         return _dispatch(words)
     except UsageError as error:
@@ -210,7 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print("hrm: stopped", file=sys.stderr)
-        return 130
+        return STOPPED
 
 
 def _dispatch(words: list[str]) -> int:
@@ -245,6 +291,8 @@ def _training(verb: Verb, overrides: Sequence[str]) -> Verb:
     words = [word for word in overrides if not word.startswith("-")]
     if any(word.startswith("preset=") for word in words):
         raise UsageError("preset is given beside puzzle; a puzzle and its model choose their preset themselves")
+    from hrm.puzzle.settings import preset_of
+
     return replace(PUZZLE_TRAINING, defaults=lambda: preset_of(words))
 
 
@@ -276,6 +324,8 @@ def _run(verb: Verb, settings: Any) -> int:
     from hrm.running import Interrupted, TrainingError, is_out_of_memory
     from hrm_kernels import BackendError
 
+    import_module(verb.needs)
+    raise_on_interrupt()
     try:
         verb.run(settings)
     except BackendError as error:
@@ -286,7 +336,7 @@ def _run(verb: Verb, settings: Any) -> int:
     except Interrupted as error:
         if int(os.environ.get("RANK", 0)) == 0:  # processes stop together
             print(f"hrm: {error}", file=sys.stderr)
-        return 130
+        return STOPPED
     except OSError as error:  # a full disk, a closed pipe
         print(f"hrm: {error}", file=sys.stderr)
         return 1

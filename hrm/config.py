@@ -1,4 +1,4 @@
-"""Settings of the HRM core: one validated dataclass that JSON can hold."""
+"""Settings of the HRM core and of the adapters: validated dataclasses that JSON can hold, without PyTorch."""
 
 from __future__ import annotations
 
@@ -200,6 +200,30 @@ class HRMConfig(CheckedConfig):
             self._fail("attn_heads", f"a number that cuts d_h = {self.d_h} into heads of an even size")
         if self.attn_heads % self.attn_kv_heads:
             self._fail("attn_kv_heads", f"a divisor of attn_heads = {self.attn_heads}")
+
+
+@dataclass
+class AdapterConfig:
+    """Sizes of the two adapters; alpha equals the rank, so that neither needs a learning rate of its own."""
+
+    low_rank: int = 32
+    high_rank: int = 64
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("low_rank", "high_rank"):
+            rank = getattr(self, name)
+            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+                raise ValueError(f"AdapterConfig: {name} is {rank!r}; it should be a whole number, at least 1")
+        if not (is_number(self.dropout) and 0 <= self.dropout < 1):
+            raise ValueError(f"AdapterConfig: dropout is {self.dropout!r}; it should be from 0 to below 1")
+
+    @classmethod
+    def resolve(cls, lora: bool | Mapping[str, Any] | None) -> dict[str, Any] | None:
+        """What a config stores for `lora`: True the defaults, False or None no adapters, a mapping its values."""
+        if lora is None or lora is False:
+            return None
+        return asdict(cls() if lora is True else from_mapping(cls, lora))
 
 
 def is_number(value: object) -> bool:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from typing import Any
 
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from hrm.config import from_mapping, is_number
+from hrm.config import AdapterConfig
 from hrm.loading import four_bit_layers
 
 # Names that decoders in transformers give their projections; two parts where one alone would be ambiguous.
@@ -38,30 +36,6 @@ FFN = (
     "dense_h_to_4h",
     "dense_4h_to_h",
 )
-
-
-@dataclass
-class AdapterConfig:
-    """Sizes of the two adapters; alpha equals the rank, so that neither needs a learning rate of its own."""
-
-    low_rank: int = 32
-    high_rank: int = 64
-    dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name in ("low_rank", "high_rank"):
-            rank = getattr(self, name)
-            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-                raise ValueError(f"AdapterConfig: {name} is {rank!r}; it should be a whole number, at least 1")
-        if not (is_number(self.dropout) and 0 <= self.dropout < 1):
-            raise ValueError(f"AdapterConfig: dropout is {self.dropout!r}; it should be from 0 to below 1")
-
-    @classmethod
-    def resolve(cls, lora: bool | Mapping[str, Any] | None) -> dict[str, Any] | None:
-        """What a config stores for `lora`: True the defaults, False or None no adapters, a mapping its values."""
-        if lora is None or lora is False:
-            return None
-        return asdict(cls() if lora is True else from_mapping(cls, lora))
 
 
 def add_adapters(decoder: nn.Module, config: AdapterConfig) -> None:

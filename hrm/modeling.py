@@ -18,11 +18,11 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.utils import can_return_tuple
 
 from hrm.attention import SlotCache, packed_documents
-from hrm.config import HRMConfig
+from hrm.config import AdapterConfig, HRMConfig
 from hrm.core import CoreOutput, HRMCarry, HRMCore, Segment
 from hrm.inputs import check_inputs
 from hrm.loading import as_made, check_choices, four_bit_layers, keep_packing, load_backbone, quantization_of
-from hrm.lora import AdapterConfig, add_adapters, merge_adapters
+from hrm.lora import add_adapters, merge_adapters
 from hrm.loss import (
     IGNORED,
     TokenLoss,

@@ -19,9 +19,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from hrm.config import HRMConfig
+from hrm.config import AdapterConfig, HRMConfig
 from hrm.curriculum import is_depth
-from hrm.lora import AdapterConfig
 
 
 class UsageError(ValueError):

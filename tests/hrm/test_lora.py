@@ -7,7 +7,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hrm import HRMGemmaForCausalLM
-from hrm.lora import AdapterConfig, add_adapters
+from hrm.config import AdapterConfig
+from hrm.lora import add_adapters
 
 
 def adapted(model):
