@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 from hrm.interrupt import STOPPED, raise_on_interrupt
@@ -26,6 +25,8 @@ from hrm.settings import (
     load_settings,
     load_training_settings,
     nearest,
+    resumed,
+    run_kind,
 )
 
 
@@ -289,7 +290,7 @@ def _training(verb: Verb, overrides: Sequence[str]) -> Verb:
     if not _on_puzzles(overrides):
         return _from_preset(verb, overrides)
     words = [word for word in overrides if not word.startswith("-")]
-    if any(word.startswith("preset=") for word in words):
+    if _typed("preset", words) and _typed("puzzle", words):
         raise UsageError("preset is given beside puzzle; a puzzle and its model choose their preset themselves")
     from hrm.puzzle.settings import preset_of
 
@@ -304,17 +305,18 @@ def _from_preset(verb: Verb, overrides: Sequence[str]) -> Verb:
 
 def _on_puzzles(overrides: Sequence[str]) -> bool:
     """Whether the words of `hrm train` ask for a puzzle model, or for going on with a run of one."""
-    given = dict(word.partition("=")[::2] for word in overrides)
-    if "puzzle" in given or "run.resume" not in given:
-        return "puzzle" in given
-    path = Path(given["run.resume"]) / "config.yaml"
-    return path.is_file() and any(line.startswith("puzzle:") for line in path.read_text(errors="replace").splitlines())
+    folder = resumed(overrides)
+    return _typed("puzzle", overrides) or (folder is not None and run_kind(folder) == "puzzles")
+
+
+def _typed(key: str, overrides: Sequence[str]) -> bool:
+    return any(word.startswith(f"{key}=") for word in overrides)
 
 
 def _defaults(verb: Verb, overrides: Sequence[str]) -> Mapping[str, Any]:
     """The verb's defaults; another task than its own does not get options that only its own understands."""
     defaults = verb.defaults()
-    if any(override.startswith("data.task=") for override in overrides):
+    if _typed("data.task", overrides):
         defaults.get("data", {}).pop("task_options", None)
     return defaults
 

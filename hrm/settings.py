@@ -288,10 +288,22 @@ def load_training_settings(overrides: Sequence[str]) -> Any:
     """
     from hrm.preset import preset_defaults  # which is made of this module
 
-    given = load_settings(TrainingSettings, overrides)
-    if given.run.resume is not None:
-        return saved_settings(given.run.resume, TrainingSettings, overrides)
+    if (folder := resumed(overrides)) is not None:
+        return saved_settings(folder, TrainingSettings, overrides)
     return load_settings(TrainingSettings, overrides, preset_defaults(TrainingSettings, overrides))
+
+
+def resumed(overrides: Sequence[str]) -> str | None:
+    """The run folder that `overrides` go on with, if they do."""
+    given = [word.partition("=")[2] for word in overrides if word.startswith("run.resume=")]
+    return given[-1] if given and given[-1] not in ("", "null") else None
+
+
+def run_kind(folder: str) -> str | None:
+    """What the run in `folder` trains on, by its config.yaml: "puzzles" or "text"; None: there is no telling."""
+    path = Path(folder) / "config.yaml"
+    keys = {line.partition(":")[0] for line in path.read_text(errors="replace").splitlines()} if path.is_file() else ()
+    return "puzzles" if "puzzle" in keys else "text" if "lora" in keys else None
 
 
 def saved_settings(folder: str, schema: type, overrides: Sequence[str], beside: tuple[str, ...] = ()) -> Any:
@@ -302,7 +314,8 @@ def saved_settings(folder: str, schema: type, overrides: Sequence[str], beside: 
         overrides: what was typed; only `run.resume` and keys of `beside` may be there.
 
     Raises:
-        UsageError: another key was given, or the folder holds no such settings; the message names it.
+        UsageError: another key was given, the run is on text where one on puzzles is wanted or the other way round, or
+            the folder holds no such settings; the message names it.
     """
     allowed = ("run.resume=", *(f"{key}=" for key in beside))
     if others := [word for word in overrides if not word.startswith(allowed)]:
@@ -310,6 +323,10 @@ def saved_settings(folder: str, schema: type, overrides: Sequence[str], beside: 
     path = Path(folder) / "config.yaml"
     if not path.is_file():
         raise UsageError(f"run.resume is {folder!r}; it should be a run folder, with a config.yaml")
+    kind, wanted = run_kind(folder), "puzzles" if "puzzle" in (item.name for item in fields(schema)) else "text"
+    if kind not in (wanted, None):
+        way_out = ", or puzzle be left out" if wanted == "puzzles" else ""
+        raise UsageError(f"run.resume is {folder!r}, a run on {kind}; it should be a run on {wanted}{way_out}")
     try:
         settings = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.load(path))
     except (OmegaConfBaseException, YAMLError, OSError, ValueError) as error:

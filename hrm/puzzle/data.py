@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hrm.loss import IGNORED
+from hrm.puzzle.solver import BOXES
 from hrm.settings import UsageError
 
 TASKS = ("sudoku", "maze", "arc")
@@ -27,7 +28,8 @@ class PuzzleSet:
     """N puzzles of one task on grids of S = rows * columns cells.
 
     Raises:
-        ValueError: an array has another shape or dtype, or ids outside the vocabulary; the message names it.
+        ValueError: a side that such puzzles do not have, an array of another shape or dtype, or ids outside the
+            vocabulary; the message names it.
     """
 
     task: str  # one of TASKS
@@ -41,9 +43,10 @@ class PuzzleSet:
     names: tuple[str, ...] = ()  # of puzzle ids, where they have any
 
     def __post_init__(self) -> None:
-        rows, cells = len(self.inputs), self.side[0] * self.side[1]
+        rows = len(self.inputs)
         if self.task not in TASKS:
             raise ValueError(f"task is {self.task!r}; it should be one of {', '.join(TASKS)}")
+        cells = self._checked_cells()
         for name, shape, dtype in (("inputs", (rows, cells), np.uint8), ("labels", (rows, cells), np.uint8),
                                    ("groups", (rows,), np.int32), ("puzzle_ids", (rows,), np.int32)):  # fmt: skip
             array = getattr(self, name)
@@ -58,6 +61,20 @@ class PuzzleSet:
             raise ValueError(
                 f"names has {len(self.names)} entries; it should have num_puzzle_ids={self.num_puzzle_ids}"
             )
+
+    def _checked_cells(self) -> int:
+        """Cells of a puzzle, after a look at whether its sides make sense."""
+        if len(self.side) != 2 or min(self.side) < 1:
+            raise ValueError(f"side is {self.side}; it should be rows and columns, at least 1 each")
+        rows, columns = self.side
+        if self.task == "sudoku" and (rows != columns or rows not in BOXES):
+            sizes = ", ".join(f"{side} x {side}" for side in BOXES)
+            raise ValueError(f"side is {rows} x {columns}; a sudoku should have one of {sizes}")
+        if self.inputs.ndim == 2 and self.inputs.shape[1] != rows * columns:
+            has = self.inputs.shape[1]
+            should = f"{rows * columns}, as side is {rows} x {columns}"
+            raise ValueError(f"inputs has puzzles of {has} cells; they should have {should}")
+        return rows * columns
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -104,7 +121,7 @@ class PuzzleSet:
                 task=str(arrays["task"]),
                 vocab_size=int(arrays["vocab_size"]),
                 num_puzzle_ids=int(arrays["num_puzzle_ids"]),
-                side=tuple(int(n) for n in arrays["side"]),  # type: ignore[arg-type]
+                side=tuple(int(n) for n in np.atleast_1d(arrays["side"])),  # type: ignore[arg-type]
                 names=tuple(str(name) for name in arrays["names"]),
                 **{name: arrays[name] for name in ("inputs", "labels", "groups", "puzzle_ids")},  # type: ignore[arg-type]
             )
@@ -197,6 +214,8 @@ def _load_npz(path: Path, task: str | None) -> PuzzleSet:
 
     arrays = read_npz(path)
     if set(arrays) == {"inputs", "labels"}:
+        if task not in (None, "maze"):
+            raise UsageError(f"{path} holds inputs and labels alone, as published mazes do; it should hold {task!r}")
         puzzles = _unless_refused(*maze.from_arrays(arrays, path))
     else:
         puzzles = PuzzleSet.load(path)

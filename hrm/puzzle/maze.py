@@ -215,10 +215,13 @@ def from_arrays(arrays: Mapping[str, NDArray], path: str | os.PathLike[str]) -> 
         UsageError: the arrays have another shape or dtype; the message names the file.
     """
     inputs, labels = arrays["inputs"], arrays["labels"]
-    side = math.isqrt(inputs.shape[-1]) if inputs.ndim == 2 else 0
+    should = "mazes, cells" if inputs.ndim != 2 else ", ".join(map(str, inputs.shape))
     for name, array in (("inputs", inputs), ("labels", labels)):
-        if array.dtype != np.uint8 or array.shape != (len(inputs), side * side) or side < 2:
-            raise UsageError(f"{path}: {name} is {array.dtype}{array.shape}; it should be uint8(mazes, side * side)")
+        if array.dtype != np.uint8 or array.ndim != 2 or array.shape != inputs.shape:
+            raise UsageError(f"{path}: {name} is {array.dtype}{array.shape}; it should be uint8({should})")
+    side, cells = math.isqrt(inputs.shape[1]), inputs.shape[1]
+    if side < 2 or side * side != cells:
+        raise UsageError(f"{path}: its mazes have {cells} cells; they should be squares, such as 900 cells (30 x 30)")
     return _sound(inputs, labels, (side, side), [f"{path}: row {row}" for row in range(len(inputs))], {})
 
 

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from hrm.curriculum import is_depth
 from hrm.puzzle.config import MODELS, PuzzleConfig
 from hrm.puzzle.engine import OPTIMIZERS
-from hrm.settings import UsageError, load_settings, nearest, require, saved_settings, section_of
+from hrm.settings import UsageError, load_settings, nearest, require, resumed, saved_settings, section_of
 
 PRESETS = Path(__file__).parent / "presets"
 DEFAULT_MODEL = {"sudoku": "trm-mlp", "sudoku-4x4": "trm-mlp", "maze": "trm", "arc": "trm"}
@@ -116,13 +116,21 @@ def load_puzzle_settings(overrides: Sequence[str]) -> Any:
     Raises:
         UsageError: an override, puzzle or model that there is not, or a value that makes no sense.
     """
-    given = load_settings(PuzzleTrainingSettings, overrides)
-    if given.run.resume is not None:
-        return saved_settings(given.run.resume, PuzzleTrainingSettings, overrides, beside=("puzzle",))
+    if (folder := resumed(overrides)) is not None:
+        return _resumed_settings(folder, overrides)
     chosen = preset_of(overrides)
     names = [f"{key}={chosen[key]}" for key in ("puzzle", "model")]
     settings = load_settings(PuzzleTrainingSettings, [*overrides, *names], chosen)
     check_puzzle_training(settings)
+    return settings
+
+
+def _resumed_settings(folder: str, overrides: Sequence[str]) -> Any:
+    settings = saved_settings(folder, PuzzleTrainingSettings, overrides, beside=("puzzle",))
+    for word in overrides:
+        name, _, puzzle = word.partition("=")
+        if name == "puzzle" and puzzle.split("-")[0] != settings.puzzle.split("-")[0]:  # 4 x 4 boards are sudoku too
+            raise UsageError(f"puzzle is {puzzle!r}; it should be {settings.puzzle!r}, as of the run in {folder}")
     return settings
 
 

@@ -108,8 +108,17 @@ def test_published_arrays_are_checked_by_row(tmp_path):
     with pytest.raises(UsageError, match=r"mazes.npz: row 2: the answer's path does not lead from S to G"):
         load_puzzles(path)
     np.savez(path, inputs=inputs, labels=labels[:, :20])
-    with pytest.raises(UsageError, match=r"mazes.npz: labels is uint8\(3, 20\)"):
+    with pytest.raises(UsageError, match=r"mazes.npz: labels is uint8\(3, 20\); it should be uint8\(3, 25\)"):
         load_puzzles(path)
+    np.savez(path, inputs=inputs.reshape(3, 5, 5), labels=labels)
+    with pytest.raises(UsageError, match=r"inputs is uint8\(3, 5, 5\); it should be uint8\(mazes, cells\)"):
+        load_puzzles(path)
+    np.savez(path, inputs=inputs[:, :24], labels=labels[:, :24])
+    message = r"mazes.npz: its mazes have 24 cells; they should be squares, such as 900 cells \(30 x 30\)"
+    with pytest.raises(UsageError, match=message):
+        load_puzzles(path)
+    with pytest.raises(UsageError, match="holds inputs and labels alone, as published mazes do; it should hold 'sudo"):
+        load_puzzles(path, "sudoku")
 
 
 def test_a_maze_that_is_no_square(csv_file):

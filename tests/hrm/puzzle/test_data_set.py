@@ -65,7 +65,10 @@ def test_subset_keeps_the_names():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"inputs": np.ones((2, 15), np.uint8)}, r"inputs is uint8\(2, 15\); it should be uint8\(2, 16\)"),
+        (
+            {"inputs": np.ones((2, 15), np.uint8)},
+            "inputs has puzzles of 15 cells; they should have 16, as side is 4 x 4",
+        ),
         ({"labels": np.ones((2, 16), np.int64)}, r"labels is int64\(2, 16\)"),
         ({"labels": np.full((2, 16), 6, np.uint8)}, "labels has ids from 6 to 6; they should be below 6"),
         ({"puzzle_ids": np.ones(2, np.int32)}, "puzzle_ids has ids from 1 to 1; they should be below 1"),
@@ -74,6 +77,23 @@ def test_subset_keeps_the_names():
 def test_arrays_that_do_not_fit(changes, message):
     with pytest.raises(ValueError, match=message):
         numbered(2, **changes)
+
+
+@pytest.mark.parametrize(
+    ("side", "message"),
+    [
+        ([9, 9], "inputs has puzzles of 16 cells; they should have 81, as side is 9 x 9"),
+        ([2, 8], "side is 2 x 8; a sudoku should have one of 4 x 4, 6 x 6, 9 x 9"),
+        (4, r"side is \(4,\); it should be rows and columns"),
+        ([0, 4], r"side is \(0, 4\); it should be rows and columns, at least 1 each"),
+    ],
+)
+def test_a_side_that_does_not_fit(tmp_path, side, message):
+    path = tmp_path / "set.npz"
+    numbered(2).save(path)
+    np.savez(path, **{**np.load(path), "side": np.array(side)})
+    with pytest.raises(UsageError, match=f"set.npz: {message}"):
+        load_puzzles(path)
 
 
 def test_files_that_are_no_set(tmp_path):

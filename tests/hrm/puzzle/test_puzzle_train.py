@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from rich.console import Console
 from safetensors import SafetensorError
 
@@ -29,7 +30,7 @@ from hrm.puzzle.sudoku import generate
 from hrm.puzzle.train import PuzzleRun, learning_rate, train_puzzle
 from hrm.running import Interrupted, TrainingError, locked
 from hrm.saving import checkpoints
-from hrm.settings import UsageError
+from hrm.settings import UsageError, load_training_settings
 
 SMALL = [
     "puzzle=sudoku-4x4",
@@ -232,6 +233,27 @@ def test_damaged_settings_of_a_run_are_named(text: str, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(UsageError, match=r"config.yaml holds no settings of such a run: \S"):
         resume(tmp_path)
+
+
+def test_runs_on_text_and_on_puzzles_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    puzzles, text = run(tmp_path, "train.steps=1"), tmp_path / "text"
+    text.mkdir()
+    OmegaConf.save(load_training_settings([]), text / "config.yaml")
+    for words, message in (
+        ([f"run.resume={text}", "puzzle=sudoku"],
+         f"run.resume is '{text}', a run on text; it should be a run on puzzles, or puzzle be left out"),
+        ([f"run.resume={puzzles}", "puzzle=maze"],
+         f"puzzle is 'maze'; it should be 'sudoku-4x4', as of the run in {puzzles}"),
+        ([f"run.resume={puzzles}", "hrm.backbone=x"],
+         "'hrm.backbone=x' is given beside run.resume; a resumed run keeps its settings"),
+        ([f"run.resume={puzzles}", "preset=depth"],
+         "'preset=depth' is given beside run.resume; a resumed run keeps its settings"),
+    ):  # fmt: skip
+        assert main(["train", *words]) == 2
+        assert capsys.readouterr().err == f"hrm: {message}\n"
+    with pytest.raises(UsageError, match=r"a run on puzzles; it should be a run on text$"):
+        load_training_settings([f"run.resume={puzzles}"])
+    assert main(["train", f"run.resume={puzzles}", "puzzle=sudoku"]) == 0
 
 
 def test_a_signal_saves_and_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
