@@ -126,6 +126,17 @@ class HRMConfig(CheckedConfig):
     fused: bool | str = "auto"
     """True: Triton kernels or an error; False: plain PyTorch; "auto": Triton on CUDA, else plain PyTorch."""
 
+    @property
+    def weights(self) -> int:
+        """Numbers in the core's parameters."""
+        d, d_l, d_h, size = self.hidden_size, self.d_l, self.d_h, self.head_size
+        into_l, into_h = 2 * d_l * (d + d_h + 1), 3 * d_h * (d_l + 1)
+        mixer = 0
+        if self.h_mixer == "attention":
+            assert self.attn_heads is not None and self.attn_kv_heads is not None  # filled in below
+            mixer = 2 * d_h * (d_h + d_h // self.attn_heads * self.attn_kv_heads)
+        return into_l + into_h + 3 * size * (d_l + d_h) + mixer + d_h * (d + 2) + 2
+
     def __post_init__(self) -> None:
         self._fill_in()
         self._check_numbers()

@@ -10,6 +10,7 @@ from torch import nn
 
 from hrm.config import AdapterConfig
 from hrm.loading import four_bit_layers
+from hrm.room import check_room
 
 # Names that decoders in transformers give their projections; two parts where one alone would be ambiguous.
 ATTENTION = (
@@ -47,12 +48,14 @@ def add_adapters(decoder: nn.Module, config: AdapterConfig) -> None:
 
     Raises:
         ValueError: `decoder` has no attention or no FFN projection that can be found; the message lists what it has.
+            Or the machine could not hold adapters of such a rank.
     """
     targets = {
         "low": (config.low_rank, _find(decoder, ATTENTION, "attention")),
         "high": (config.high_rank, _find(decoder, FFN, "FFN")),
     }
     for name, (rank, modules) in targets.items():
+        _check_room(decoder, name, rank, modules)
         lora = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=config.dropout, target_modules=modules)
         inject_adapter_in_model(lora, decoder, adapter_name=name)
         del decoder.peft_config  # PEFT's note to itself; it takes the next adapter for a mistake
@@ -83,6 +86,15 @@ def merge_adapters(decoder: nn.Module) -> None:
 
 def _adapted(decoder: nn.Module) -> dict[str, Any]:
     return {name: layer for name, layer in decoder.named_modules() if isinstance(layer, LoraLayer)}
+
+
+def _check_room(decoder: nn.Module, name: str, rank: int, endings: list[str]) -> None:
+    linear = {path: module for path, module in decoder.named_modules() if isinstance(module, nn.Linear)}
+    if any(module.weight.is_meta for module in linear.values()):  # counted, not made
+        return
+    adapted = [module for path, module in linear.items() if f".{path}".endswith(tuple(f".{e}" for e in endings))]
+    width = sum(module.in_features + module.out_features for module in adapted)
+    check_room(f"lora.{name}_rank is {rank}", "the adapters' weights", 4 * rank * width)
 
 
 def _find(decoder: nn.Module, names: tuple[str, ...], kind: str) -> list[str]:

@@ -11,7 +11,7 @@ import os
 import re
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass, make_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, make_dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -468,8 +468,28 @@ def check_training(settings: Any, processes: int = 1) -> None:
             f"train.batch_size is {settings.train.batch_size}; it should be a multiple of the {processes} processes"
         )
     _check_update(settings)
-    hrm_config(settings.hrm)
     lora_dict(settings.lora)
+    _check_room(settings, hrm_config(settings.hrm), processes)
+
+
+PLACE_BYTES = 64  # of a row's place in the list of a batch: a pointer, and a tuple of two
+PROBLEM_BYTES = 100  # of a problem: a pointer, an object, two texts
+
+
+def _check_room(settings: Any, core: HRMConfig, processes: int) -> None:
+    """Raises a UsageError that names sizes which no such machine could hold, whatever the backbone."""
+    from hrm.room import check_room  # PyTorch is imported with it
+
+    def check(names: Sequence[str], what: str, least: int) -> None:
+        check_room(" and ".join(f"{name} is {OmegaConf.select(settings, name)}" for name in names), what, least)
+
+    check(("hrm.d_l", "hrm.d_h"), "the core's weights", 4 * replace(core, hidden_size=1).weights)
+    check(("train.batch_size",), "the list of a batch's rows", PLACE_BYTES * settings.train.batch_size // processes)
+    if core.act and core.q_target == "replay":
+        check(("hrm.replay_size",), "the replay buffer", core.replay_size * 2 * core.d_h * 2)  # bfloat16 at the least
+    if settings.data.task is not None:
+        count = settings.data.size + settings.data.held_out
+        check(("data.size", "data.held_out"), "the problems", PROBLEM_BYTES * count)
 
 
 CHOICES = {

@@ -211,6 +211,8 @@ def load_model(backbone: str, settings: Any) -> HRMGemmaForCausalLM:
             loader=settings.hrm.loader,
             offload_per_layer_embeddings=settings.hrm.offload_per_layer_embeddings,
         )
+    except UsageError:
+        raise
     except (ImportError, OSError, ValueError) as error:
         raise UsageError(f"hrm.backbone is {backbone!r}, and cannot be used: {first_line(error)}") from error
 

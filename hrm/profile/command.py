@@ -93,8 +93,10 @@ def profile(settings: Any) -> None:
     name = settings.hrm.backbone or default_backbone()
     if name is None:
         raise UsageError("no backbone; set hrm.backbone=NAME_OR_PATH, or HRM_MODEL_PATH")
+    backbone = load_config(name)
+    allowed = getattr(backbone.get_text_config(), "max_position_embeddings", None)  # no row may be longer
     try:
-        plan = plan_training(settings, load_config(name))
+        plan = plan_training(settings, backbone, min(settings.data.max_length, allowed or settings.data.max_length))
     except ValueError as error:
         raise UsageError(f"hrm.backbone is {name!r}, and cannot be planned with: {error}") from error
     measured = {}

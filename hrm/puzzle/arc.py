@@ -9,6 +9,7 @@ eight symmetries of the square) has a puzzle id of its own, 0 aside. Source: HRM
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from hrm.puzzle.data import PuzzleSet
 from hrm.settings import UsageError
 
 SIDE = 30
+SYMMETRIES = 8 * math.factorial(9)  # of a task: of the square, and of the colours but 0
 _END, _COLOUR = 1, 2
 _AT_HOME = 0.3  # share of rows that are not moved; the published build keeps one of a puzzle's three or four examples
 _TRIES = 5  # for each copy wanted: tasks of few colours and much symmetry have fewer copies

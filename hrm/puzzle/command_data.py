@@ -97,6 +97,8 @@ def _check(settings: Any) -> None:
     for name, least in (("size", 1), ("held_out", 0), ("min_rating", 0), ("copies", 0), ("seed", 0)):
         if settings[name] is not None and settings[name] < least:
             raise UsageError(f"{name} is {settings[name]}; it should be at least {least}")
+    if settings.copies >= arc.SYMMETRIES:
+        raise UsageError(f"copies is {settings.copies}; it should be below {arc.SYMMETRIES}, a task's symmetries")
 
 
 def _write(rated: Rated, path: Path, say: Callable[[str], None]) -> None:

@@ -92,6 +92,15 @@ class PuzzleConfig(CheckedConfig):
         """What the input embedding is multiplied by."""
         return self.hidden_size**0.5
 
+    @property
+    def weights(self) -> int:
+        """Numbers that training changes: parameters and puzzle embeddings."""
+        d, tokens = self.hidden_size, self.tokens
+        mixer = 3 * self.inner_size(tokens) * tokens if self.mixer == "mlp" else 4 * d * d
+        blocks = (self.l_layers + self.h_layers) * (mixer + 3 * self.inner_size(d) * d)
+        positions = tokens * d if self.positions == "learned" else 0
+        return blocks + 2 * self.vocab_size * d + 2 * (d + 1) + positions + self.num_puzzle_ids * self.puzzle_emb_size
+
     def inner_size(self, width: int) -> int:
         """Inner width of a SwiGLU on `width` features."""
         return -(-round(self.expansion * width * 2 / 3) // 256) * 256

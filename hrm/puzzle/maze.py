@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hrm.puzzle.data import PuzzleSet, TextRow
+from hrm.room import check_room
 from hrm.settings import UsageError
 
 SYMBOLS = "# SGo"
@@ -287,6 +288,9 @@ def generate(side: int, size: int, held_out: int, seed: int) -> tuple[PuzzleSet,
     if side < 5:
         raise UsageError(f"side is {side}; it should be at least 5")
     rng, wanted = np.random.default_rng(seed), size + held_out
+    if wanted > _ROUNDS * _DRAWN:
+        raise UsageError(f"size is {size} and held_out {held_out}; they should be at most {_ROUNDS * _DRAWN} together")
+    check_room(f"side is {side}", "the first mazes to choose from", _DRAWN * side * side * 8)
     kept: dict[bytes, tuple[NDArray[np.uint8], NDArray[np.uint8]]] = {}
     for _ in range(_ROUNDS):
         for maze, label in zip(*_draw(side, rng), strict=True):

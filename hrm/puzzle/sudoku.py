@@ -206,12 +206,14 @@ def generate(side: int, size: int, held_out: int, seed: int, min_rating: int = 0
     """
     if side not in GENERATED:
         raise UsageError(f"side is {side}; it should be one of {', '.join(map(str, GENERATED))}")
+    if size + held_out > _ROUNDS * _DRAWN:
+        raise UsageError(f"size is {size} and held_out {held_out}; they should be at most {_ROUNDS * _DRAWN} together")
     rng = np.random.default_rng(seed)
     kept: list[tuple[NDArray[np.uint8], NDArray[np.uint8], int]] = []  # the held-out ones first
     copies: set[bytes] = set()
     seen: set[bytes] = set()
     for _ in range(_ROUNDS):
-        for question, answer, rating in _draw(side, min(max(size + held_out - len(kept), 64), 1024), rng):
+        for question, answer, rating in _draw(side, min(max(size + held_out - len(kept), 64), _DRAWN), rng):
             shape = signature(question)
             if len(kept) == size + held_out or rating < min_rating or shape in copies or question.tobytes() in seen:
                 continue
@@ -227,7 +229,8 @@ def generate(side: int, size: int, held_out: int, seed: int, min_rating: int = 0
     )
 
 
-_ROUNDS = 40  # of drawing as many puzzles as are missing
+_ROUNDS = 40  # of drawing as many puzzles as are missing, but
+_DRAWN = 1024  # at most
 
 
 def _draw(

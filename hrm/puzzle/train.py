@@ -26,6 +26,7 @@ from hrm.puzzle.model import PuzzleModel
 from hrm.puzzle.saving import MODEL, load_checkpoint, save_checkpoint, save_model
 from hrm.puzzle.settings import check_processes, model_config
 from hrm.puzzle.shared import alike
+from hrm.room import check_room
 from hrm.running import (
     Interrupted,
     StopOnInterrupt,
@@ -100,6 +101,18 @@ def _check_test(config: PuzzleConfig, test: PuzzleSet) -> None:
         raise UsageError(f"data.test_path: {error}") from error
 
 
+SIZES = ("hidden_size", "expansion", "l_layers", "h_layers", "puzzle_tokens", "puzzle_emb_size")
+
+
+def _check_room(config: PuzzleConfig, batch_size: int, processes: int) -> None:
+    """Raises a UsageError that names sizes which no such machine could hold."""
+    sizes = ", ".join(f"hrm.{name} is {getattr(config, name)}" for name in SIZES)
+    check_room(sizes, "the model's weights", 4 * config.weights)
+    states = 2 * config.tokens * config.hidden_size * 2  # of a row, in bfloat16 at the least
+    what = f"the states of its rows of {config.tokens} tokens"
+    check_room(f"train.batch_size is {batch_size}", what, batch_size // processes * states)
+
+
 def _called(part: str, path: str | None) -> str:
     """What messages call the puzzles of a file, or those that were generated."""
     return f"the {part} puzzles {f'of {path} ' if path else ''}are"
@@ -123,14 +136,14 @@ class PuzzleRun:
         self.about = {"task": training.task, "side": list(training.side), "vocab_size": training.vocab_size}
         sizes = {"vocab_size": training.vocab_size, "seq_len": training.side[0] * training.side[1],
                  "num_puzzle_ids": training.num_puzzle_ids}  # fmt: skip
-        config = model_config(settings, **sizes)
+        config, train = model_config(settings, **sizes), settings.train
         if test is not None:
             _check_test(config, test)
-        torch.manual_seed(settings.train.seed)
+        _check_room(config, train.batch_size, processes.num_processes)
+        torch.manual_seed(train.seed)
         if torch.cuda.is_available():  # or cuBLAS may add the parts of a weight gradient's long sums in bfloat16
             torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         model = PuzzleModel(config).to("cuda" if torch.cuda.is_available() else "cpu").train()
-        train = settings.train
         self.engine = Engine(
             model, optimizer=train.optimizer, weight_decay=train.weight_decay, clip=train.clip, ema=train.ema,
             embedding_weight_decay=train.embedding_weight_decay, seed=train.seed,
