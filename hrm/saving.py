@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -165,8 +165,8 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=1) + "\n")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A file's JSON object; a UsageError that names a file that is missing or holds none."""
+def read_json(path: Path, keys: Collection[str] = ()) -> dict[str, Any]:
+    """A file's JSON object; a UsageError that names a file that is missing, or holds none or one without all `keys`."""
     try:
         values = json.loads(path.read_text())
     except FileNotFoundError:
@@ -175,6 +175,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise UsageError(f"{path} holds no JSON object")
+    if missing := [key for key in keys if key not in values]:
+        raise UsageError(f"{path} has no {', '.join(map(repr, missing))}; another version of hrm wrote it")
     return values
 
 

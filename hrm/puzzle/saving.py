@@ -79,7 +79,7 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """State and progress that `save_checkpoint` wrote.
 
     Raises:
-        UsageError: a file is missing or damaged; the message names it.
+        UsageError: a file is missing, damaged, or of another version; the message names it.
     """
     check_manifest(folder)
-    return read_tensors(folder / STATE), read_json(folder / PROGRESS)
+    return read_tensors(folder / STATE), read_json(folder / PROGRESS, ("step", "seconds", "identity"))

@@ -30,7 +30,7 @@ from hrm.curriculum import SegmentGrowth
 from hrm.data import Encoded, Template, encode, load_problems
 from hrm.loss import IGNORED
 from hrm.running import Interrupted, TrainingError, locked
-from hrm.saving import checkpoints
+from hrm.saving import checkpoints, put_in_place
 from hrm.settings import TrainingSettings, UsageError, load_settings, load_training_settings
 from hrm.train import fine_tune, load_model, load_tokenizer
 from hrm.trainer import HRMTrainer, Measurements, lr_factor, make_optimizer
@@ -625,3 +625,16 @@ def _wait_for_a_step(folder: Path, process: subprocess.Popen, seconds: float = 9
             return
         time.sleep(0.05)
     raise AssertionError(f"no step in {seconds} s; status {process.poll()}: {process.communicate()}")
+
+
+def test_a_checkpoint_of_another_version_is_told(settings: Load) -> None:
+    folder = run(settings("train.steps=1"))
+    newest = checkpoints(folder)[-1]
+    place = newest.rename(newest.with_name("place"))
+    (place / "manifest.json").unlink()
+    progress = json.loads((place / "progress.json").read_text())
+    del progress["measured"]
+    (place / "progress.json").write_text(json.dumps(progress))
+    put_in_place(place, newest)
+    with pytest.raises(UsageError, match=r"progress.json has no 'measured'; another version of hrm wrote it"):
+        resume(folder)
