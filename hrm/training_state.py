@@ -44,7 +44,6 @@ if TYPE_CHECKING:
     from hrm.trainer import HRMTrainer
 
 MODEL, OPTIMIZER, NUMBERS, PROGRESS = "model.safetensors", "optimizer.safetensors", "optimizer.json", "progress.json"
-PROGRESS_KEYS = ("schedule", "skipped", "micro_batch", "growth", "identity", "measured")
 
 
 def save_training(trainer: HRMTrainer, folder: Path) -> None:
@@ -120,7 +119,7 @@ def load_optimizer(trainer: HRMTrainer, folder: Path) -> None:
             optimizer.state[parameter] = {
                 key: _like(value, parameter, group, optimizer) for key, value in state.items()
             }
-    progress = read_json(folder / PROGRESS, PROGRESS_KEYS)
+    progress = read_json(folder / PROGRESS, ("schedule", *trainer.progress()))
     trainer.create_scheduler(trainer.args.max_steps).load_state_dict(progress["schedule"])
     trainer.load_progress(progress)
 
