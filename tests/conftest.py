@@ -1,6 +1,7 @@
 """What every test shares: the device that kernels run on, the `gpu` marker, and poisoned memory."""
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -8,6 +9,8 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it once, when it is imported
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # of a shell's &; what the tests start would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed workspace
 
 
