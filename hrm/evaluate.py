@@ -109,10 +109,11 @@ def predict(
     for start in range(0, len(rows), batch_size):
         part = order[start : start + batch_size]
         batch = Batch(*(tensor.to(model.device) for tensor in collate([rows[row] for row in part], pad)))
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
-            logits = model(batch.input_ids, batch.attention_mask, segments=segments).logits
         targets = batch.labels[:, 1:]
-        same = (logits[:, :-1].argmax(-1) == targets) | (targets == IGNORED)
+        kept = (targets != IGNORED).any(0).nonzero().squeeze(1)  # logits elsewhere would be most of the memory
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
+            logits = model(batch.input_ids, batch.attention_mask, segments=segments, logits_to_keep=kept).logits
+        same = (logits.argmax(-1) == targets[:, kept]) | (targets[:, kept] == IGNORED)
         for row, correct in zip(part, same.all(1).tolist(), strict=True):
             right[row] = correct
     model.train(was_training)
