@@ -273,7 +273,7 @@ def _dispatch(words: list[str]) -> int:
     elif name == "profile":
         verb = _from_preset(verb, overrides)
     if name in BARE:  # hrm solve FILE
-        overrides = [word if "=" in word or word.startswith("-") else f"{BARE[name]}={word}" for word in overrides]
+        overrides = [f"{BARE[name]}={word}" if _is_bare(word) else word for word in overrides]
     if any(word in ("-h", "--help") for word in overrides):
         print(_verb_help(name, verb))
         return 0
@@ -283,6 +283,11 @@ def _dispatch(words: list[str]) -> int:
 
 
 BARE = {"solve": "path", "plot": "run", "analyse": "run", "lm-eval": "run"}  # key that a word without "=" belongs to
+
+
+def _is_bare(word: str) -> bool:
+    """Whether it is a value by itself; a single dash is one, which stands for standard input."""
+    return word == "-" or not ("=" in word or word.startswith("-"))
 
 
 def _training(verb: Verb, overrides: Sequence[str]) -> Verb:

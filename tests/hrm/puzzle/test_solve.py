@@ -12,6 +12,7 @@ import torch
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from hrm.cli import main
 from hrm.puzzle import PuzzleConfig, PuzzleModel, maze, sudoku
 from hrm.puzzle.data import PuzzleSet
 from hrm.puzzle.evaluate import thinking
@@ -229,6 +230,14 @@ def test_lines_are_answered_as_they_come(solver: Path) -> None:
 
     solve(OmegaConf.merge(OmegaConf.structured(SolveSettings), {"run": "x"}), lines(), Console(file=text))  # type: ignore[arg-type]
     assert "2 of 2 puzzles solved" in text.getvalue()
+
+
+def test_a_dash_is_standard_input(
+    solver: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{QUESTION}\n"))
+    assert main(["solve", "-", f"run={solver}", "quiet=true"]) == 0
+    assert capsys.readouterr().out == f"{ANSWER}\n"
 
 
 def test_an_untrained_model_from_disk_solves_nothing(run: Path) -> None:
