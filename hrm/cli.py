@@ -273,6 +273,9 @@ def _dispatch(words: list[str]) -> int:
     elif name == "profile":
         verb = _from_preset(verb, overrides)
     if name in BARE:  # hrm solve FILE
+        bare = [word for word in overrides if _is_bare(word)]
+        if len(bare) > 1:  # a shell's *.txt, of which all but the last would be passed over
+            raise UsageError(f"{name} takes one {BARE[name]} and was given {len(bare)}: {', '.join(bare)}")
         overrides = [f"{BARE[name]}={word}" if _is_bare(word) else word for word in overrides]
     if any(word in ("-h", "--help") for word in overrides):
         print(_verb_help(name, verb))

@@ -240,6 +240,11 @@ def test_a_dash_is_standard_input(
     assert capsys.readouterr().out == f"{ANSWER}\n"
 
 
+def test_several_files_are_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["solve", "a.txt", "b.txt", f"run={run}"]) == 2
+    assert "solve takes one path and was given 2: a.txt, b.txt" in capsys.readouterr().err
+
+
 def test_an_untrained_model_from_disk_solves_nothing(run: Path) -> None:
     text = printed(run, QUESTION)
     assert "puzzle 1: not solved: " in text and "0 of 1 puzzle solved" in text
