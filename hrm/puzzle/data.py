@@ -7,6 +7,7 @@ import hashlib
 import os
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -125,15 +126,19 @@ class PuzzleSet:
                 names=tuple(str(name) for name in arrays["names"]),
                 **{name: arrays[name] for name in ("inputs", "labels", "groups", "puzzle_ids")},  # type: ignore[arg-type]
             )
-        except (ValueError, TypeError, IndexError) as error:
+        except (ValueError, TypeError, IndexError, OverflowError) as error:
             raise UsageError(f"{path}: {error}") from error
+
+
+# what zipfile and numpy raise for a damaged file, a RuntimeError where the damage looks like encryption
+_UNREADABLE = (ValueError, OSError, EOFError, AttributeError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 def read_npz(path: str | os.PathLike[str]) -> dict[str, NDArray]:
     """The arrays of a .npz file.
 
     Raises:
-        UsageError: no such file, no .npz, or one that holds pickled objects.
+        UsageError: no such file, no .npz, a damaged one, or one that holds pickled objects.
     """
     if not Path(path).is_file():
         raise UsageError(f"{path} is no file")
@@ -142,7 +147,7 @@ def read_npz(path: str | os.PathLike[str]) -> dict[str, NDArray]:
     try:
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+    except _UNREADABLE as error:
         raise UsageError(f"{path} is no .npz file of plain arrays ({error})") from error
 
 

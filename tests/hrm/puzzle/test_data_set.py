@@ -119,6 +119,29 @@ def test_files_that_are_no_set(tmp_path):
         load_puzzles(path, "maze")
 
 
+def test_a_damaged_file_is_named(tmp_path):
+    path = tmp_path / "set.npz"
+    rng = np.random.default_rng(0)
+    numbered(20, inputs=rng.integers(1, 6, (20, 16), np.uint8)).save(path)
+    whole, refused = path.read_bytes(), 0
+    for place in range(len(whole) - 30):
+        path.write_bytes(whole[:place] + rng.bytes(30) + whole[place + 30 :])
+        try:
+            PuzzleSet.load(path)  # where only a date or a comment is hit
+        except UsageError as error:
+            assert "set.npz" in str(error)
+            refused += 1
+    assert refused > 0.8 * len(whole)
+
+
+def test_sizes_that_are_no_numbers(tmp_path):
+    path = tmp_path / "set.npz"
+    numbered(2).save(path)
+    np.savez(path, **{**np.load(path), "vocab_size": np.inf})
+    with pytest.raises(UsageError, match=r"set.npz: cannot convert float infinity to integer"):
+        PuzzleSet.load(path)
+
+
 # ------------------------------------------------------------------------------------------------ batches
 
 
