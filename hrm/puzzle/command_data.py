@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from hrm.data import first_line
 from hrm.puzzle import arc, maze, sudoku
-from hrm.puzzle.data import TASKS, PuzzleSet, TextRow, check_writable, guess_task, load_puzzles, read_rows
+from hrm.puzzle.data import TASKS, PuzzleSet, TextRow, check_writable, guess_task, read_rows, read_set
 from hrm.puzzle.sudoku import Rated
 from hrm.settings import UsageError, nearest
 
@@ -128,7 +128,8 @@ def _generated(settings: Any) -> tuple[Rated, Rated]:
 def _read(settings: Any, say: Callable[[str], None]) -> Rated:
     path = Path(settings.path) if settings.dataset is None else _dataset_file(settings.dataset, settings.split)
     if path.suffix == ".npz":
-        return Rated(load_puzzles(path, settings.task), None)
+        puzzles, ratings, refused = read_set(path, settings.task, settings.check_unique or settings.min_rating > 0)
+        return _sound(Rated(puzzles, ratings), refused, path, settings, say)
     rows = list(read_rows(path))
     rows = [row for row in rows if row.rating is None or row.rating >= settings.min_rating]
     if not rows:
@@ -140,11 +141,18 @@ def _read(settings: Any, say: Callable[[str], None]) -> Rated:
         rated = Rated(puzzles, None)
     else:
         rated, refused = sudoku.from_rows(rows, check_unique=settings.check_unique)
+    return _sound(rated, refused, path, settings, say)
+
+
+def _sound(rated: Rated, refused: Sequence[str], path: Path, settings: Any, say: Callable[[str], None]) -> Rated:
+    """The puzzles that are hard enough, once it is said which were refused."""
     _say_refused(refused, settings.skip_refused, say)
     if not len(rated.puzzles):
         raise UsageError(f"{path} has no rows that are not refused")
     if rated.ratings is not None:
         rated = _rows_of(rated, np.flatnonzero(rated.ratings >= settings.min_rating))
+    if not len(rated.puzzles):
+        raise UsageError(f"{path} has no rows of at least min_rating = {settings.min_rating}")
     return rated
 
 

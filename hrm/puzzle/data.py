@@ -202,7 +202,8 @@ def load_puzzles(path: str | os.PathLike[str], task: str | None = None, *, check
 
     path = Path(path)
     if path.suffix == ".npz":
-        return _load_npz(path, task)
+        puzzles, _, refused = read_set(path, task, check_unique)
+        return _unless_refused(puzzles, refused)
     rows = list(read_rows(path))
     if not rows:
         raise UsageError(f"{path} has no rows")
@@ -214,19 +215,32 @@ def load_puzzles(path: str | os.PathLike[str], task: str | None = None, *, check
     return _unless_refused(puzzles, refused)
 
 
-def _load_npz(path: Path, task: str | None) -> PuzzleSet:
-    from hrm.puzzle import maze
+def read_set(
+    path: Path, task: str | None, check_unique: bool = True
+) -> tuple[PuzzleSet, NDArray[np.int64] | None, list[str]]:
+    """The sound puzzles of a .npz file, their ratings where they were searched for a second solution, and where each
+    other row stands and why it is refused. ARC has no rules to check.
+
+    Arguments and errors as those of `load_puzzles`.
+    """
+    from hrm.puzzle import maze, sudoku
 
     arrays = read_npz(path)
     if set(arrays) == {"inputs", "labels"}:
         if task not in (None, "maze"):
             raise UsageError(f"{path} holds inputs and labels alone, as published mazes do; it should hold {task!r}")
-        puzzles = _unless_refused(*maze.from_arrays(arrays, path))
-    else:
-        puzzles = PuzzleSet.load(path)
+        puzzles, refused = maze.from_arrays(arrays, path)
+        return puzzles, None, refused
+    puzzles = PuzzleSet.load(path)
     if task not in (None, puzzles.task):
         raise UsageError(f"{path} holds puzzles of the task {puzzles.task!r}; it should hold {task!r}")
-    return puzzles
+    if not len(puzzles):
+        raise UsageError(f"{path} has no puzzles")
+    if puzzles.task == "sudoku":
+        rated, refused = sudoku.from_set(puzzles, path, check_unique=check_unique)
+        return *rated, refused
+    puzzles, refused = (puzzles, []) if puzzles.task == "arc" else maze.from_set(puzzles, path)
+    return puzzles, None, refused
 
 
 def _unless_refused(puzzles: PuzzleSet, refused: Sequence[str]) -> PuzzleSet:

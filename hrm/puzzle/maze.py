@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -226,6 +227,21 @@ def from_arrays(arrays: Mapping[str, NDArray], path: str | os.PathLike[str]) -> 
     return _sound(inputs, labels, (side, side), [f"{path}: row {row}" for row in range(len(inputs))], {})
 
 
+def from_set(puzzles: PuzzleSet, path: str | os.PathLike[str]) -> tuple[PuzzleSet, list[str]]:
+    """The sound mazes of a .npz file that says what it holds; the rest as in `from_rows`.
+
+    Raises:
+        UsageError: its vocabulary is not that of mazes; the message names the file.
+    """
+    if puzzles.vocab_size != len(SYMBOLS) + 1:
+        raise UsageError(f"{path}: vocab_size is {puzzles.vocab_size}; it should be {len(SYMBOLS) + 1}")
+    labels, unanswered = puzzles.labels.copy(), ~puzzles.labels.any(1)
+    labels[unanswered] = _answers(puzzles.inputs[unanswered], puzzles.side)
+    flaws = _flaws_of(puzzles.inputs, labels, puzzles.side, {})
+    sound = [row for row in range(len(labels)) if row not in flaws]
+    return replace(puzzles, labels=labels).subset(sound), [f"{path}: row {row}: {flaws[row]}" for row in sorted(flaws)]
+
+
 def as_puzzles(inputs: NDArray[np.uint8], labels: NDArray[np.uint8], side: tuple[int, int]) -> PuzzleSet:
     """Mazes (N, S) with their labels as a set."""
     count = len(inputs)
@@ -247,11 +263,20 @@ def _sound(
     sources: Sequence[str],
     flaws: dict[int, str],
 ) -> tuple[PuzzleSet, list[str]]:
-    for wrong, why in _flaws(inputs, labels, side):
-        for index in np.flatnonzero(wrong).tolist():
-            flaws.setdefault(index, why)
+    flaws = _flaws_of(inputs, labels, side, flaws)
     sound = np.array([index for index in range(len(inputs)) if index not in flaws], np.int64)
     return as_puzzles(inputs[sound], labels[sound], side), [f"{sources[i]}: {flaws[i]}" for i in sorted(flaws)]
+
+
+def _flaws_of(
+    inputs: NDArray[np.uint8], labels: NDArray[np.uint8], side: tuple[int, int], flaws: Mapping[int, str]
+) -> dict[int, str]:
+    """`flaws`, and of each other row that has some the most basic."""
+    found = dict(flaws)
+    for wrong, why in _flaws(inputs, labels, side):
+        for index in np.flatnonzero(wrong).tolist():
+            found.setdefault(index, why)
+    return found
 
 
 def _answers(inputs: NDArray[np.uint8], side: tuple[int, int]) -> NDArray[np.uint8]:

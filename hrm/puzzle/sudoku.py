@@ -6,7 +6,9 @@ A board of side n has boxes of `solver.BOXES[n]`; ids are 0 padding, 1 empty, 1 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -102,10 +104,34 @@ def from_rows(rows: Sequence[TextRow], *, check_unique: bool = True) -> tuple[Ra
     given = np.array([row.answer is not None for row in rows])
     guesses = _check(questions, answers, given, flaws, check_unique)
     refused = [f"{rows[index].source}: {flaws[index]}" for index in sorted(flaws)]
-    sound = np.array([index for index in range(len(rows)) if index not in flaws], np.int64)
+    sound = _without(flaws, len(rows))
     ratings = np.array([guesses[i] if rows[i].rating is None else rows[i].rating for i in sound], np.int64)
     known = len(sound) > 0 and ratings.min() >= 0
     return Rated(as_puzzles(questions[sound], answers[sound]), ratings if known else None), refused
+
+
+def from_set(puzzles: PuzzleSet, path: str | os.PathLike[str], *, check_unique: bool = True) -> tuple[Rated, list[str]]:
+    """The sound puzzles of a .npz file; the rest as in `from_rows`.
+
+    Raises:
+        UsageError: its vocabulary is not that of its boards; the message names the file.
+    """
+    side = puzzles.side[0]
+    if puzzles.vocab_size != side + 2:
+        raise UsageError(f"{path}: vocab_size is {puzzles.vocab_size}; it should be {side + 2} for {side} x {side}")
+    padded = np.flatnonzero((puzzles.inputs == 0).any(1)).tolist()
+    flaws = dict.fromkeys(padded, "the puzzle has padding; it should have none")
+    questions, answers = (np.maximum(ids, 1) - np.uint8(1) for ids in (puzzles.inputs, puzzles.labels))
+    given = np.asarray(puzzles.labels.any(1))
+    guesses = _check(questions, answers, given, flaws, check_unique)
+    sound = _without(flaws, len(puzzles))
+    known = len(sound) > 0 and guesses[sound].min() >= 0
+    checked = replace(puzzles, labels=answers + np.uint8(1)).subset(sound)
+    return Rated(checked, guesses[sound] if known else None), [f"{path}: row {i}: {flaws[i]}" for i in sorted(flaws)]
+
+
+def _without(flaws: Mapping[int, str], count: int) -> NDArray[np.int64]:
+    return np.array([index for index in range(count) if index not in flaws], np.int64)
 
 
 def _check(

@@ -121,6 +121,22 @@ def test_ratings_are_found_where_the_file_has_none(run, tmp_path):
     assert "; ratings " in said[0]
 
 
+def test_a_set_is_checked_and_drawn_from_as_text_is(run, tmp_path):
+    made = sudoku.generate(9, 20, 0, seed=1)[0]
+    assert (made.ratings == 0).any() and (made.ratings > 0).any()
+    made.puzzles.save(tmp_path / "set.npz")
+    said, shown = run(f"path={tmp_path}/set.npz", "min_rating=1")
+    assert np.array_equal(shown.inputs, made.puzzles.inputs[made.ratings > 0])
+    assert f"ratings {made.ratings[made.ratings > 0].min()} to " in said[0]
+    with pytest.raises(UsageError, match=r"set.npz has no rows of at least min_rating = 1000"):
+        run(f"path={tmp_path}/set.npz", "min_rating=1000", "overwrite=true")
+    made.puzzles.labels[3] = 2
+    made.puzzles.save(tmp_path / "set.npz")
+    with pytest.raises(UsageError, match=r"set.npz: row 3: the answer .*\. skip_refused=true leaves them out"):
+        run(f"path={tmp_path}/set.npz", "overwrite=true")
+    assert len(run(f"path={tmp_path}/set.npz", "overwrite=true", "skip_refused=true")[1]) == 19
+
+
 def test_arc_of_a_folder(run, tmp_path):
     pair = {"input": [[0, 1]], "output": [[2]]}
     for part, name in (("training", "a"), ("evaluation", "b")):

@@ -1,6 +1,7 @@
 """Mazes: what is refused and where, shortest ways, the eight symmetries, and generated mazes."""
 
 from collections import deque
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +120,22 @@ def test_published_arrays_are_checked_by_row(tmp_path):
         load_puzzles(path)
     with pytest.raises(UsageError, match="holds inputs and labels alone, as published mazes do; it should hold 'sudo"):
         load_puzzles(path, "sudoku")
+
+
+def test_a_set_is_checked_by_row(tmp_path):
+    path = tmp_path / "mazes.npz"
+    inputs, labels = ids(MAZE).repeat(3, 0), ids(ANSWER).repeat(3, 0)
+    labels[1] = 0
+    made = maze.as_puzzles(inputs, labels, (5, 5))
+    made.save(path)
+    assert maze.is_solved(inputs, load_puzzles(path).labels, (5, 5)).all()
+    made.labels[2, 5] = maze.FREE
+    made.save(path)
+    with pytest.raises(UsageError, match=r"mazes.npz: row 2: the answer's path does not lead from S to G"):
+        load_puzzles(path)
+    replace(made, vocab_size=7).save(path)
+    with pytest.raises(UsageError, match=r"mazes.npz: vocab_size is 7; it should be 6"):
+        load_puzzles(path)
 
 
 def test_a_maze_that_is_no_square(csv_file):

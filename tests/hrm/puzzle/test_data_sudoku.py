@@ -1,6 +1,7 @@
 """Sudoku: what is refused and where, what the solver finds, the symmetries, and generated boards."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +123,44 @@ def test_a_quotation_mark_that_nothing_closes_is_named(tmp_path):
     path.write_text('question,answer\n"' + "1...............,\n" * 10_000)
     with pytest.raises(UsageError, match=r"boards\.csv:\d+: cannot be read as CSV \(field larger than"):
         load_puzzles(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "cell", "value", "message"),
+    [
+        ("inputs", slice(0, 2), 2, "the puzzle has a digit twice in a row, column or box"),
+        ("inputs", 3, 0, "the puzzle has padding; it should have none"),
+        ("labels", 5, 0, "the answer has empty cells; it should have none"),
+        ("labels", slice(0, 16), 2, "the answer "),
+    ],
+)
+def test_a_set_is_checked_by_row(tmp_path, name, cell, value, message):
+    made = sudoku.generate(4, 3, 0, seed=0)[0].puzzles
+    getattr(made, name)[2, cell] = value
+    made.save(tmp_path / "set.npz")
+    with pytest.raises(UsageError, match=rf"set.npz: row 2: {message}"):
+        load_puzzles(tmp_path / "set.npz", check_unique=False)
+
+
+def test_a_set_gets_the_answers_that_it_lacks_and_keeps_its_groups(tmp_path):
+    made = sudoku.generate(4, 3, 0, seed=0)[0].puzzles
+    replace(made, labels=np.zeros_like(made.labels), groups=made.groups + np.int32(7)).save(tmp_path / "set.npz")
+    loaded = load_puzzles(tmp_path / "set.npz")
+    assert np.array_equal(loaded.labels, made.labels) and loaded.groups.tolist() == [7, 8, 9]
+    replace(made, inputs=np.ones_like(made.inputs)).save(tmp_path / "set.npz")
+    load_puzzles(tmp_path / "set.npz", check_unique=False)
+    with pytest.raises(UsageError, match=r"row 0: the puzzle has several solutions.* \(and 2 more rows\)"):
+        load_puzzles(tmp_path / "set.npz")
+
+
+def test_sets_that_are_no_sudokus(tmp_path):
+    made = sudoku.generate(4, 3, 0, seed=0)[0].puzzles
+    replace(made, vocab_size=7).save(tmp_path / "set.npz")
+    with pytest.raises(UsageError, match=r"set.npz: vocab_size is 7; it should be 6 for 4 x 4"):
+        load_puzzles(tmp_path / "set.npz")
+    made.subset([]).save(tmp_path / "set.npz")
+    with pytest.raises(UsageError, match=r"set.npz has no puzzles"):
+        load_puzzles(tmp_path / "set.npz")
 
 
 def test_all_refused_rows_are_told_and_the_others_kept(csv_file):
