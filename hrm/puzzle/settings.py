@@ -171,6 +171,9 @@ def check_puzzle_training(settings: Any) -> None:
         "eval.every",
     ):
         require(settings, name, lambda value: value >= 0, "at least 0")
+    if settings.data.test_path is not None and settings.data.path is None:
+        where = f"data.test_path is {settings.data.test_path!r} and data.path null"
+        raise UsageError(f"{where}; both should be files, or neither, since generated puzzles bring their own test")
     require(settings, "data.easier", lambda value: 0 <= value <= 1, "from 0 to 1")
     if settings.data.easier and not (settings.data.augment and settings.puzzle.startswith("sudoku")):
         raise UsageError(f"data.easier is {settings.data.easier}; it should be 0 without augment and for other puzzles")

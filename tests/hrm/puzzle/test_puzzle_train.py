@@ -314,6 +314,7 @@ def test_the_full_depth_comes_back_with_its_gradient() -> None:
         ("train.optimizer=sgd", "adamw or muon"),
         ("hrm.hidden_size=33", "hrm.num_heads is 2"),
         ("data.path=missing.csv", "missing.csv is no file"),
+        ("data.test_path=test.csv", "data.test_path is 'test.csv' and data.path null; both should be files"),
         ("train.seed=-1", "train.seed is -1"),
         ("data.easier=1.5", "data.easier is 1.5"),
         ("eval.limit=0", "eval.limit is 0"),
