@@ -150,7 +150,10 @@ class PuzzleRun:
             stagger=train.stagger, **share,
         )  # fmt: skip
         data = settings.data
-        self.stream = BatchStream(training, train.batch_size, train.seed, data.augment, data.easier, **share)
+        try:
+            self.stream = BatchStream(training, train.batch_size, train.seed, data.augment, data.easier, **share)
+        except ValueError as error:
+            raise UsageError(f"data.path: {error}") from error
         self.stages = stages(train.depth, train.steps, config.h_cycles, config.l_steps)
         self.config = config
         self.step, self.logged, self.seconds = 0, 0, 0.0

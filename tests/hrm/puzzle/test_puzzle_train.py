@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -145,6 +146,15 @@ def test_a_folder_is_trained_into_by_one_process(tmp_path: Path) -> None:
         resume(folder)
     assert (folder / "metrics.jsonl").read_text() == before  # the other process's
     resume(folder)
+
+
+def test_puzzles_that_make_no_batches_are_refused(tmp_path: Path) -> None:
+    made = generate(4, 3, 0, 0)[0].puzzles
+    uneven = replace(made, groups=made.groups * 0, puzzle_ids=np.array([0, 0, 1], np.int32), num_puzzle_ids=2)
+    uneven.save(tmp_path / "uneven.npz")
+    with pytest.raises(UsageError, match=r"^data.path: group 0 has puzzle ids with unequal numbers of rows"):
+        run(tmp_path / "runs", f"data.path={tmp_path}/uneven.npz")
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("part", ["training", "test"])
