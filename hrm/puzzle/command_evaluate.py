@@ -57,14 +57,14 @@ def evaluate_puzzles(settings: Any) -> None:
     check_votes(puzzles, settings.votes)  # this and the file now, not after an evaluation of hours
     if settings.output is not None:
         _write(Path(settings.output), "", "a")
-    sizes = {"batch_size": settings.batch_size, "segments": settings.segments, "limit": settings.limit}
-    found = evaluate(model, puzzles, halting=settings.halting, **sizes)
+    how = {name: settings[name] for name in ("batch_size", "segments", "halting", "limit")}
+    found = evaluate(model, puzzles, **how)
     results = dataclasses.asdict(found)
     print(f"{found.exact:.2%} of {found.count} puzzles right, {found.cells:.2%} of the cells, in {found.seconds:.1f} s")
     print(f"segments: {found.segments_used:.2f} on average; Q head right about its answer: {found.halt_accuracy:.2%}")
     print("right after each segment: " + ", ".join(f"{share:.1%}" for share in found.by_segment))
     if settings.votes > 1:
-        votes = vote(model, puzzles, votes=settings.votes, seed=settings.seed, **sizes)
+        votes = vote(model, puzzles, votes=settings.votes, seed=settings.seed, **how)
         results["votes"] = dataclasses.asdict(votes)
         print("right by 1, 2, ... votes:  " + ", ".join(f"{share:.1%}" for share in votes.exact))
     if settings.output is not None:

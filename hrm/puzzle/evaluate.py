@@ -213,6 +213,7 @@ def vote(
     choose: str = "majority",
     batch_size: int = 768,
     segments: int | None = None,
+    halting: bool = False,
     limit: int | None = None,
 ) -> Votes:
     """How many puzzles are right by the votes of several runs on each, as a function of the number of votes.
@@ -220,7 +221,7 @@ def vote(
     Source: arXiv 2601.10679, which perturbs inputs and states so that a run can leave a wrong fixed point.
 
     Args:
-        puzzles: as in `evaluate`, as are batch_size, segments and limit.
+        puzzles: as in `evaluate`, as are batch_size, segments, halting and limit.
         votes: runs; the first is on the puzzle as it is.
         seed: of all that is drawn; the same seed gives the same result for any batch size.
         views: every later run sees each puzzle through a symmetry (the training's; none for ARC).
@@ -235,7 +236,7 @@ def vote(
     check_votes(puzzles, votes, views, noise, choose)
     started = time.perf_counter()
     tally = []
-    with thinking(model, segments) as thinker:
+    with thinking(model, segments, halting) as thinker:
         ballots = Ballots(len(rows.inputs), puzzles, choose, model.device)
         for number in range(votes):
             view = view_of(puzzles, len(rows.inputs), seed, number, model.device) if views else None

@@ -11,7 +11,7 @@ import torch
 from hrm.cli import main
 from hrm.puzzle import PuzzleConfig, PuzzleModel
 from hrm.puzzle.data import PuzzleSet
-from hrm.puzzle.evaluate import evaluate
+from hrm.puzzle.evaluate import evaluate, vote
 from hrm.puzzle.saving import load_model, save_model
 from hrm.puzzle.sudoku import generate
 
@@ -37,6 +37,15 @@ def test_it_prints_and_writes_what_evaluate_finds(folder: Path, capsys: pytest.C
     assert found["exact"] == expected.exact and found["cells"] == expected.cells and found["count"] == 6
     assert len(found["votes"]["exact"]) == 2
     assert f"{expected.cells:.2%} of the cells" in capsys.readouterr().out
+
+
+def test_the_votes_halt_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(
+        "hrm.puzzle.command_evaluate.vote", lambda *args, **how: asked.append(how) or vote(*args, **how)
+    )
+    assert main(["evaluate", f"run={folder}", f"path={folder / 'puzzles.npz'}", "votes=2", "halting=true"]) == 0
+    assert asked[0]["halting"] is True
 
 
 @pytest.mark.parametrize(

@@ -255,6 +255,14 @@ def test_one_vote_is_no_vote(choose: str) -> None:
     assert vote(model, puzzles, votes=1, choose=choose).exact == [plain.exact]
 
 
+def test_votes_halt_where_asked_to() -> None:
+    puzzles = copied([1, 1, 2, 3, 5])
+    model = Reader()
+    assert vote(model, puzzles, votes=1, halting=True).exact == [1.0] and model.runs == 12
+    model = Reader()
+    assert vote(model, puzzles, votes=1).exact == [1.0] and model.runs == 25
+
+
 @pytest.mark.parametrize("choose", ["majority", "confidence"])
 def test_votes_depend_on_the_seed_alone(choose: str) -> None:
     model, puzzles = small_model(), boards(40)
