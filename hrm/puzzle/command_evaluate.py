@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from hrm.puzzle.data import load_puzzles
-from hrm.puzzle.evaluate import check_votes, evaluate, vote
+from hrm.puzzle.evaluate import check_fit, check_votes, evaluate, vote
 from hrm.puzzle.saving import load_model
 from hrm.settings import UsageError, require
 
@@ -50,11 +50,14 @@ def evaluate_puzzles(settings: Any) -> None:
         require(settings, name, lambda value: value is not None, "given: hrm evaluate run=FOLDER path=FILE")
     for name in ("votes", "batch_size"):
         require(settings, name, lambda value: value >= 1, "at least 1")
+    for name in ("segments", "limit"):
+        require(settings, name, lambda value: value is None or value >= 1, "at least 1, or null")
     require(settings, "seed", lambda value: value >= 0, "at least 0")
     model, about = load_model(settings.run)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     puzzles = load_puzzles(settings.path, about["task"], check_unique=False)
-    check_votes(puzzles, settings.votes)  # this and the file now, not after an evaluation of hours
+    check_votes(puzzles, settings.votes)  # this and the files now, not after an evaluation of hours
+    check_fit(model.config, puzzles, scored=True)
     if settings.output is not None:
         _write(Path(settings.output), "", "a")
     how = {name: settings[name] for name in ("batch_size", "segments", "halting", "limit")}

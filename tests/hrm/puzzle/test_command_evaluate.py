@@ -15,6 +15,8 @@ from hrm.puzzle.evaluate import evaluate, vote
 from hrm.puzzle.saving import load_model, save_model
 from hrm.puzzle.sudoku import generate
 
+NINE = "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
@@ -24,6 +26,7 @@ def folder(tmp_path: Path) -> Path:
                           puzzle_tokens=0, puzzle_emb_size=0, max_segments=3)  # fmt: skip
     save_model(PuzzleModel(config), tmp_path / "model", {"task": "sudoku", "side": [4, 4], "vocab_size": 6})
     generate(4, 6, 1, seed=0)[0].puzzles.save(tmp_path / "puzzles.npz")
+    (tmp_path / "nine.txt").write_text(NINE)
     return tmp_path
 
 
@@ -57,6 +60,9 @@ def test_the_votes_halt_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
         (["run=.", "path=puzzles.npz", "votes=0"], "votes is 0; it should be at least 1"),
         (["run=.", "path=puzzles.npz", "votes=2", "seed=-1"], "seed is -1; it should be at least 0"),
         (["run=.", "path=puzzles.npz", "output=no/such/file"], "output is 'no/such/file'"),
+        (["run=.", "path=puzzles.npz", "output=new.json", "segments=0"], "segments is 0; it should be at least 1, or"),
+        (["run=.", "path=puzzles.npz", "output=new.json", "limit=0"], "limit is 0; it should be at least 1, or null"),
+        (["run=.", "path=nine.txt", "output=new.json"], "puzzles have 81 cells; they should have 16"),
     ],
 )
 def test_what_cannot_be_used_is_refused(
@@ -66,3 +72,4 @@ def test_what_cannot_be_used_is_refused(
     assert main(["evaluate", *words]) == 2
     said = capsys.readouterr()
     assert message in said.err and not said.out  # before anything is evaluated
+    assert not (folder / "new.json").exists()  # an empty file would look like a result
