@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -54,9 +55,10 @@ def load_published(
         ValueError: `source` is no such checkpoint; the message lists tensors that are missing, unexpected or misshapen.
     """
     if not isinstance(source, Mapping):
-        source = torch.load(source, map_location="cpu", weights_only=True)
-        if not isinstance(source, Mapping):
-            raise ValueError(f"source holds a {type(source).__name__}; it should hold a state dict")
+        source = _read(source)
+    if others := [key for key, value in source.items() if not isinstance(value, Tensor)]:
+        kind = type(source[others[0]]).__name__
+        raise ValueError(f"source has a {kind} under {others[0]!r}; it should be a state dict, tensors alone")
     state, unexpected = _renamed(source)
     config = _config_of(state, seq_len, values)
     model = PuzzleModel(config)
@@ -73,24 +75,46 @@ def load_published(
     return model
 
 
+def _read(path: str | Path) -> Mapping[str, Tensor]:
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:  # torch advises to let the file run its code
+        raise ValueError(f"source is {str(path)!r}, which is no file of tensors alone, or is damaged") from error
+    if not isinstance(found, Mapping):
+        raise ValueError(f"source holds a {type(found).__name__}; it should hold a state dict")
+    return found
+
+
 def _renamed(source: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
     """The tensors under our names, and the keys that have none."""
-    state, unexpected = {}, []
+    state: dict[str, Tensor] = {}
+    unexpected = []
     for key, tensor in source.items():
         name = _PREFIXES.sub("", key)
-        layer = _LAYER.match(name)
-        if layer and layer[3] in _PARTS:
-            state[f"{_STACKS[layer[1]]}.{layer[2]}.{_PARTS[layer[3]]}"] = tensor
-        elif name in _NAMES:
-            state[_NAMES[name]] = tensor
+        ours = _our_name(name)
+        if ours in state:
+            unexpected.append(f"{key}, which is there under another prefix too")
+        elif ours:
+            state[ours] = tensor
         elif not name.startswith(("puzzle_emb.local_", "rotary_emb.")):  # scratch and tables, remade at every start
             unexpected.append(key)
     return state, unexpected
 
 
+def _our_name(name: str) -> str | None:
+    if (layer := _LAYER.match(name)) is None:
+        return _NAMES.get(name)
+    part = _PARTS.get(layer[3])
+    return part and f"{_STACKS[layer[1]]}.{layer[2]}.{part}"
+
+
 def _config_of(state: Mapping[str, Tensor], seq_len: int | None, values: Mapping[str, Any]) -> PuzzleConfig:
     if "embedding" not in state or "l_stack.0.down" not in state:
         raise ValueError("source is no checkpoint of HRM or TRM: it has no embed_tokens or no L_level")
+    for name in ("embedding", "l_stack.0.mix_in", "l_stack.0.mix_out"):  # what sizes are read off
+        if name not in state or state[name].dim() != 2:
+            should = f"missing: {name}" if name not in state else f"{name} has shape {tuple(state[name].shape)}"
+            raise ValueError(f"source does not fit the model:\n  {should}; it should be a matrix")
     vocab_size, d = state["embedding"].shape
     layers = {stack: len({key.split(".")[1] for key in state if key.startswith(stack)}) for stack in _STACKS.values()}
     hrm = layers["h_stack"] > 0

@@ -148,3 +148,32 @@ def test_length_has_to_be_given() -> None:
 def test_no_checkpoint() -> None:
     with pytest.raises(ValueError, match="no checkpoint of HRM or TRM"):
         load_published({"weight": torch.zeros(2)})
+
+
+@pytest.mark.parametrize("part", ["self_attn.qkv_proj.weight", "self_attn.o_proj.weight"])
+def test_a_missing_tensor_that_tells_the_kind_of_model_is_listed(part: str) -> None:
+    state = Golden("hrm").part("weights.")
+    del state[f"model.inner.L_level.layers.0.{part}"]
+    with pytest.raises(ValueError, match=r"missing: l_stack\.0\.mix_"):
+        load_published(state, seq_len=9, expansion=2, num_heads=2)
+
+
+def test_dictionaries_that_are_no_state_dict() -> None:
+    state = Golden("hrm").part("weights.")
+    with pytest.raises(ValueError, match=r"source has a dict under 'model'; it should be a state dict"):
+        load_published({"model": state})  # type: ignore[dict-item]
+    with pytest.raises(ValueError, match=r"embedding has shape \(3,\); it should be a matrix"):
+        load_published({**state, "model.inner.embed_tokens.embedding_weight": torch.zeros(3)}, seq_len=9)
+    with pytest.raises(ValueError, match=r"unexpected: lm_head.weight, which is there under another prefix too"):
+        load_published({**state, "lm_head.weight": torch.zeros(2)}, seq_len=9, expansion=2, num_heads=2)
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", "pickled"])
+def test_a_file_that_cannot_be_read_is_named(content: bytes | str, tmp_path: Path) -> None:
+    if isinstance(content, bytes):
+        (tmp_path / "step_1").write_bytes(content)
+    else:
+        torch.save({"code": Golden}, tmp_path / "step_1")
+    with pytest.raises(ValueError, match=r"step_1', which is no file of tensors alone, or is damaged") as error:
+        load_published(tmp_path / "step_1")
+    assert "weights_only" not in str(error.value)
