@@ -16,6 +16,9 @@ from hrm.puzzle.published import _renamed
 GOLDEN = Path(__file__).parent / "golden"
 CASES = sorted(path.stem for path in GOLDEN.glob("*.json"))
 STEPS = 5
+# Processors add up in different orders, and these random networks let rounding grow: moving each weight by half a unit
+# in its last place moves what is compared by up to 2e-5, and by 3e-4 once it has passed through five segments.
+LIMIT, CHAINED_LIMIT = 5e-5, 1e-3
 
 
 class Golden:
@@ -43,7 +46,7 @@ def golden(request: pytest.FixtureRequest) -> Golden:
     return Golden(request.param)
 
 
-def close(actual: torch.Tensor, expected: torch.Tensor, limit: float = 5e-6) -> None:
+def close(actual: torch.Tensor, expected: torch.Tensor, limit: float = LIMIT) -> None:
     if not expected.is_floating_point():
         assert torch.equal(actual, expected)
         return
@@ -63,9 +66,8 @@ def given(golden: Golden, model: PuzzleModel, place: str) -> PuzzleCarry:
     return carry._replace(data=data)
 
 
-# Each segment from the published carry: float32 rounding. Chained, the differences of one segment pass through the
-# blocks of the next ones, which these random networks let grow.
-@pytest.mark.parametrize(("chained", "limit"), [(False, 5e-6), (True, 1e-4)])
+# Each segment from the published carry; chained, the differences of one segment pass through the next ones.
+@pytest.mark.parametrize(("chained", "limit"), [(False, LIMIT), (True, CHAINED_LIMIT)])
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_every_step_agrees(golden: Golden, mode: str, chained: bool, limit: float) -> None:
     model = golden.model().train(mode == "train")
