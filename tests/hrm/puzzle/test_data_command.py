@@ -119,6 +119,12 @@ def test_ratings_are_found_where_the_file_has_none(run, tmp_path):
     said, shown = run(f"path={tmp_path}/boards.txt", "min_rating=1")
     assert "".join(str(c - 1) for c in shown.labels[0]) == ANSWER
     assert "; ratings " in said[0]
+    (tmp_path / "boards.csv").write_text(f"question,answer\n{HARD},{ANSWER}\n")
+    with pytest.raises(UsageError, match=r"min_rating is 1; it should be 0, since .* check_unique=true would find"):
+        run(f"path={tmp_path}/boards.csv", "min_rating=1", "check_unique=false", "overwrite=true")
+    (tmp_path / "mazes.txt").write_text("S  ## ##G\n")
+    with pytest.raises(UsageError, match=r"min_rating is 1; it should be 0, since .*mazes.txt has no ratings$"):
+        run(f"path={tmp_path}/mazes.txt", "min_rating=1", "overwrite=true")
 
 
 def test_a_set_is_checked_and_drawn_from_as_text_is(run, tmp_path):
@@ -173,6 +179,11 @@ def test_files_are_not_overwritten(run, tmp_path):
         (["path=nowhere.csv"], "nowhere.csv is no file"),
         (["task=sudoku", "size=0"], "size is 0; it should be at least 1"),
         (["task=sudoku", "held_out=-1"], "held_out is -1; it should be at least 0"),
+        (["task=sudoku", "side=0"], "side is 0; it should be at least 1"),
+        (["path=a.csv", "side=4"], "side is 4; it should be null where puzzles are read"),
+        (["task=arc", "size=10"], "size is 10; it should be null for arc"),
+        (["task=arc", "held_out=10"], "held_out is 10; it should be 0 for arc"),
+        (["task=maze", "min_rating=3"], "min_rating is 3; it should be 0 for maze, which has no ratings"),
         (["task=sudoku", "side=5"], "side is 5; it should be one of 4, 6, 9"),
         (["task=arc", "dataset=b"], "task is 'arc' and dataset given"),
         (
