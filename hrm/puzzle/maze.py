@@ -190,12 +190,10 @@ def from_rows(rows: Sequence[TextRow]) -> tuple[PuzzleSet, list[str]]:
     A row without answer gets a shortest way.
 
     Raises:
-        UsageError: the first maze is no square.
+        UsageError: no maze is a square.
     """
-    length = len(rows[0].question)
-    side = math.isqrt(length)
-    if side < 2 or side * side != length:
-        raise UsageError(f"{rows[0].source}: the maze has {length} characters; it should have a square number, as 900")
+    side = _side_of(rows)
+    length = side * side
     inputs, labels = np.zeros((2, len(rows), length), np.uint8)
     flaws: dict[int, str] = {}
     for index, row in enumerate(rows):
@@ -208,6 +206,16 @@ def from_rows(rows: Sequence[TextRow]) -> tuple[PuzzleSet, list[str]]:
     open_rows = np.array([row.answer is None and index not in flaws for index, row in enumerate(rows)])
     labels[open_rows] = _answers(inputs[open_rows], (side, side))
     return _sound(inputs, labels, (side, side), [row.source for row in rows], flaws)
+
+
+def _side_of(rows: Sequence[TextRow]) -> int:
+    """The side of the first maze that is a square."""
+    for row in rows:
+        side = math.isqrt(len(row.question))
+        if side >= 2 and side * side == len(row.question):
+            return side
+    length = len(rows[0].question)
+    raise UsageError(f"{rows[0].source}: the maze has {length} characters; it should have a square number, as 900")
 
 
 def from_arrays(arrays: Mapping[str, NDArray], path: str | os.PathLike[str]) -> tuple[PuzzleSet, list[str]]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hrm.puzzle import maze
-from hrm.puzzle.data import load_puzzles
+from hrm.puzzle.data import TextRow, load_puzzles
 from hrm.settings import UsageError
 
 SHARED = Path(__file__).parents[4] / "shared" / "data" / "maze"
@@ -141,6 +141,8 @@ def test_a_set_is_checked_by_row(tmp_path):
 def test_a_maze_that_is_no_square(csv_file):
     with pytest.raises(UsageError, match=r"mazes.csv:2: the maze has 24 characters; it should have a square number"):
         load_puzzles(csv_file(f"{MAZE[1:]},{ANSWER[1:]}"), "maze")
+    puzzles, refused = maze.from_rows([TextRow("a:1", MAZE[1:], ANSWER, None), TextRow("a:2", MAZE, ANSWER, None)])
+    assert len(puzzles) == 1 and refused == ["a:1: the maze has 24 characters; it should have 25"]
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the mazes of ../shared/data/maze")
