@@ -280,6 +280,8 @@ def read_rows(path: Path) -> Iterator[TextRow]:
 def text_row(row: dict[str, str | None], source: str) -> TextRow:
     """A row with the columns question, answer and, if there, rating; errors as in `read_rows`."""
     for column in ("question", "answer"):
+        if column in row and row[column] is None:
+            raise UsageError(f"{source}: the row ends before {column!r}")
         if not isinstance(row.get(column), str):
             there = ", ".join(str(name) for name in row if name is not None)
             raise UsageError(f"{source}: no {column!r}; it has {there or 'no columns'}")

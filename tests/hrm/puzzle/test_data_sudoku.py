@@ -98,7 +98,7 @@ def test_a_board_without_solution(tmp_path):
     ("header", "row", "message"),
     [
         ("question,rating", f"{EASY},0", "no 'answer'; it has question, rating"),
-        ("question,answer,rating", EASY, "no 'answer'"),
+        ("question,answer,rating", EASY, "the row ends before 'answer'$"),
         ("question,answer,rating", f"{EASY},{EASY_ANSWER},hard", "'rating' is 'hard'; it should be a whole number"),
         ("question,answer", "123,123", r"the puzzle has 3 characters; it should have one of 16 \(4 x 4\), 36"),
     ],
