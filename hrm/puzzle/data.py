@@ -44,7 +44,7 @@ class PuzzleSet:
     names: tuple[str, ...] = ()  # of puzzle ids, where they have any
 
     def __post_init__(self) -> None:
-        rows = len(self.inputs)
+        rows = len(self.inputs) if self.inputs.ndim else 0
         if self.task not in TASKS:
             raise ValueError(f"task is {self.task!r}; it should be one of {', '.join(TASKS)}")
         cells = self._checked_cells()

@@ -119,6 +119,14 @@ def test_files_that_are_no_set(tmp_path):
         load_puzzles(path, "maze")
 
 
+def test_inputs_without_any_axis_are_named(tmp_path):
+    path = tmp_path / "set.npz"
+    numbered(2).save(path)
+    np.savez(path, **{**np.load(path), "inputs": np.uint8(3)})
+    with pytest.raises(UsageError, match=r"set.npz: inputs is uint8\(\); it should be uint8\(0, 16\)"):
+        PuzzleSet.load(path)
+
+
 def test_a_damaged_file_is_named(tmp_path):
     path = tmp_path / "set.npz"
     rng = np.random.default_rng(0)
