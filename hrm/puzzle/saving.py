@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from hrm.puzzle.config import PuzzleConfig
+from hrm.puzzle.data import TASKS
 from hrm.puzzle.model import PuzzleModel
 from hrm.saving import (
     check_manifest,
@@ -51,6 +52,8 @@ def load_model(path: str | os.PathLike[str]) -> tuple[PuzzleModel, dict[str, Any
     about = read_json(folder / CONFIG)
     if not isinstance(about.get("model"), dict):
         raise UsageError(f"{folder / CONFIG} describes no puzzle model")
+    if about.get("task") not in TASKS:
+        raise UsageError(f"{folder / CONFIG}: task is {about.get('task')!r}; it should be one of {', '.join(TASKS)}")
     try:
         model = PuzzleModel(PuzzleConfig.from_dict(about.pop("model")))
         model.load_state_dict(read_tensors(folder / WEIGHTS))

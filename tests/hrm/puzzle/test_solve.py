@@ -288,6 +288,13 @@ def test_what_cannot_be_used_is_named(lines: str, values: dict[str, Any], messag
         printed(values.pop("run", run), lines, **values)
 
 
+@pytest.mark.parametrize("about", [{}, {"task": "chess"}])
+def test_a_model_of_no_known_task_is_refused(about: dict[str, str], tmp_path: Path) -> None:
+    save_model(model(), tmp_path / "model", about)
+    with pytest.raises(UsageError, match=r"config.json: task is .*; it should be one of sudoku, maze, arc"):
+        printed(tmp_path, QUESTION)
+
+
 def test_puzzles_of_another_size_than_the_models_are_refused(run: Path, tmp_path: Path) -> None:
     nine = "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"
     with pytest.raises(UsageError, match="line 2: puzzles have 81 cells; they should have 16"):
