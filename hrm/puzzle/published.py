@@ -43,7 +43,8 @@ def load_published(
 ) -> PuzzleModel:
     """A `PuzzleModel` with the weights of a published checkpoint.
 
-    Sizes are read off the tensors, what is not in them (cycles, steps) is the published default of HRM or TRM.
+    Sizes are read off the tensors, what is not in them (heads, cycles, steps) is as HRM or TRM was published for
+    Sudoku; TRM's checkpoints for mazes and ARC want `l_steps=4`.
 
     Args:
         source: a checkpoint file of `sapientinc/HRM` or `SamsungSAILMontreal/TinyRecursiveModels` (read without
