@@ -57,7 +57,7 @@ def evaluate_puzzles(settings: Any) -> None:
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     puzzles = load_puzzles(settings.path, about["task"], check_unique=False)
     check_votes(puzzles, settings.votes)  # this and the files now, not after an evaluation of hours
-    check_fit(model.config, puzzles, scored=True)
+    check_fit(model.config, puzzles.subset(slice(settings.limit)), scored=True)
     if settings.output is not None:
         _write(Path(settings.output), "", "a")
     how = {name: settings[name] for name in ("batch_size", "segments", "halting", "limit")}

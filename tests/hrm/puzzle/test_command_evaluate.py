@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -40,6 +41,19 @@ def test_it_prints_and_writes_what_evaluate_finds(folder: Path, capsys: pytest.C
     assert found["exact"] == expected.exact and found["cells"] == expected.cells and found["count"] == 6
     assert len(found["votes"]["exact"]) == 2
     assert f"{expected.cells:.2%} of the cells" in capsys.readouterr().out
+
+
+def test_puzzles_beyond_the_limit_need_no_answer(tmp_path: Path) -> None:
+    grids = np.full((3, 16), 2, np.uint8)
+    labels = grids * np.array([[1], [1], [0]], np.uint8)
+    rows = np.arange(3, dtype=np.int32)
+    PuzzleSet("arc", grids, labels, rows, rows * 0, vocab_size=6, side=(4, 4)).save(tmp_path / "grids.npz")
+    config = PuzzleConfig(vocab_size=6, seq_len=16, hidden_size=16, num_heads=2, expansion=1.0, l_layers=1, h_layers=1,
+                          puzzle_tokens=0, puzzle_emb_size=0, max_segments=1)  # fmt: skip
+    save_model(PuzzleModel(config), tmp_path / "model", {"task": "arc"})
+    words = ["evaluate", f"run={tmp_path}", f"path={tmp_path / 'grids.npz'}"]
+    assert main([*words, "limit=2"]) == 0
+    assert main(words) == 2
 
 
 def test_the_votes_halt_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
