@@ -29,7 +29,7 @@ class EvaluateSettings:
     halting: bool = False
     """Take each puzzle's answer where its Q head halts, and spare the rest."""
     votes: int = 1
-    """Above 1: also solve so many symmetric copies of each puzzle, and let them vote."""
+    """Above 1: also solve so many symmetric copies of each puzzle, and let them vote; of mazes, let the surest win."""
     limit: int | None = None
     """Only the first so many puzzles."""
     batch_size: int = 768
@@ -69,7 +69,8 @@ def evaluate_puzzles(settings: Any) -> None:
     if settings.votes > 1:
         votes = vote(model, puzzles, votes=settings.votes, seed=settings.seed, **how)
         results["votes"] = dataclasses.asdict(votes)
-        print("right by 1, 2, ... votes:  " + ", ".join(f"{share:.1%}" for share in votes.exact))
+        what = "a shortest way" if puzzles.task == "maze" else "right"
+        print(f"{what} by 1, 2, ... votes:  " + ", ".join(f"{share:.1%}" for share in votes.exact))
     if settings.output is not None:
         _write(Path(settings.output), json.dumps(results, indent=1) + "\n", "w")
 

@@ -37,7 +37,7 @@ class Evaluation:
 class Votes:
     """How a model did with the votes of 1, 2, ... runs on each puzzle. Shares are from 0 to 1."""
 
-    exact: list[float]  # puzzles with every scored cell right
+    exact: list[float]  # puzzles with every scored cell right; mazes that show a shortest way, be it the label's or not
     cells: list[float]  # scored cells that are right
     count: int  # puzzles
     seconds: float
@@ -210,7 +210,7 @@ def vote(
     seed: int = 0,
     views: bool = True,
     noise: float = 0.0,
-    choose: str = "majority",
+    choose: str | None = None,
     batch_size: int = 768,
     segments: int | None = None,
     halting: bool = False,
@@ -227,12 +227,13 @@ def vote(
         views: every later run sees each puzzle through a symmetry (the training's; none for ARC).
         noise: standard deviation of what is added to the initial states of a later run, where they have about 1.
         choose: "majority" (in every cell, a vote weighing sigmoid(q_halt)) or "confidence" (the whole answer of
-            highest q_halt).
+            highest q_halt); None: as `choice_of` says.
 
     Raises:
-        UsageError: as `evaluate`; or several votes that would all be the same.
+        UsageError: as `evaluate`; or several votes that would all be the same, or that make no answer.
     """
     rows = _scored_rows(model, puzzles, limit)
+    choose = choice_of(puzzles) if choose is None else choose
     check_votes(puzzles, votes, views, noise, choose)
     started = time.perf_counter()
     tally = []
@@ -243,11 +244,21 @@ def vote(
             disturbance = noise_of(model, noise, seed, number)
             for indices, _ in _batches(len(rows.inputs), batch_size, model.device):
                 ballots.cast(indices, *vote_of(thinker, rows.batch(indices), indices, view, disturbance))
-            right, solved = _compared(ballots.winners(), rows.labels)
+            winners = ballots.winners()
+            right, solved = _compared(winners, rows.labels)
+            if puzzles.task == "maze":
+                solved = _shows_a_way(rows.inputs, winners, puzzles.side)
             tally.append(torch.stack((solved.sum(), right.sum())))
         count, cells = len(rows.inputs), int((rows.labels > 0).sum())
         exact, rightcells = torch.stack(tally, 1).tolist()
     return Votes([n / count for n in exact], [n / cells for n in rightcells], count, time.perf_counter() - started)
+
+
+def choice_of(puzzles: PuzzleSet) -> str:
+    """How runs on copies of puzzles make one answer: by "majority" in each cell where there is one answer to find;
+    mazes have several shortest ways and a turned maze another one as its label, so there whole answers compete by
+    "confidence"."""
+    return "confidence" if puzzles.task == "maze" else "majority"
 
 
 class View(NamedTuple):
@@ -333,9 +344,10 @@ class Ballots:
 
 
 def check_votes(
-    puzzles: PuzzleSet, votes: int, views: bool = True, noise: float = 0.0, choose: str = "majority"
+    puzzles: PuzzleSet, votes: int, views: bool = True, noise: float = 0.0, choose: str | None = None
 ) -> None:
     """Raises a UsageError that names an argument of `vote` that makes no sense."""
+    choose = choice_of(puzzles) if choose is None else choose
     if votes < 1:
         raise UsageError(f"votes is {votes}; it should be at least 1")
     if choose not in ("majority", "confidence"):
@@ -346,6 +358,10 @@ def check_votes(
         raise UsageError(
             f"votes is {votes}; it should be 1, or views False, for the task 'arc', whose symmetric copies are puzzles "
             "of their own"
+        )
+    if votes > 1 and views and puzzles.task == "maze" and choose == "majority":
+        raise UsageError(
+            "choose is 'majority'; it should be 'confidence' for mazes, whose turned copies have other ways"
         )
     if votes > 1 and not views and noise == 0:
         raise UsageError(
@@ -427,6 +443,12 @@ def _compared(answers: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     scored = labels > 0
     right = ((answers == labels) & scored).sum(-1)
     return right, right == scored.sum(-1)
+
+
+def _shows_a_way(inputs: Tensor, answers: Tensor, side: tuple[int, int]) -> Tensor:
+    """Which answers (N, S) are a shortest way through their maze (N, S)."""
+    shown = maze.is_solved(inputs.cpu().numpy(), answers.byte().cpu().numpy(), side)
+    return torch.from_numpy(shown).to(inputs.device)
 
 
 def _disturbed(carry: PuzzleCarry, noise: Noise | None) -> PuzzleCarry:

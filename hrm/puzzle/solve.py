@@ -17,7 +17,7 @@ from rich.text import Text
 
 from hrm.puzzle import maze, sudoku
 from hrm.puzzle.data import PuzzleSet, TextRow, check_writable, load_puzzles
-from hrm.puzzle.evaluate import Ballots, Thinker, check_votes, rows_of, thinking, view_of, vote_of
+from hrm.puzzle.evaluate import Ballots, Thinker, check_votes, choice_of, rows_of, thinking, view_of, vote_of
 from hrm.puzzle.saving import load_model
 from hrm.puzzle.solver import BOXES
 from hrm.settings import UsageError, require, typed_lines
@@ -40,7 +40,7 @@ class SolveSettings:
     halting: bool = False
     """Stop at each puzzle where the Q head says that it is solved."""
     votes: int = 1
-    """Runs on symmetric copies of each puzzle; in each cell they vote, the surer the heavier."""
+    """Runs on symmetric copies of each puzzle; in each cell they vote, the surer the heavier; mazes: the surest."""
     picture: str | None = None
     """.png or .gif file for the first puzzle's answers after each segment."""
     seed: int = 0
@@ -136,7 +136,7 @@ def solutions(thinker: Thinker, puzzles: PuzzleSet, votes: int = 1, seed: int = 
     every = torch.arange(len(puzzles), device=thinker.model.device)
     batch = rows.batch(every)
     thoughts: list[list[NDArray[np.uint8]]] = [[] for _ in range(len(puzzles))]
-    ballots = Ballots(len(puzzles), puzzles, "majority", thinker.model.device)
+    ballots = Ballots(len(puzzles), puzzles, choice_of(puzzles), thinker.model.device)
     for thought in thinker.think(batch):
         ballots.cast(thought.rows[thought.ended], thought.answers[thought.ended], thought.q_halt[thought.ended])
         for row, answer in zip(thought.rows.tolist(), thought.answers.byte().cpu().numpy(), strict=True):
@@ -264,10 +264,10 @@ def _show(
     right = _grid(puzzles, question, solution.answer, verdict.wrong, shown)
     for first, second in zip(left, right, strict=True):
         _print(console, Text("   ").join((first, second)))
-    _print(console, f"puzzle {number}: {verdict.text}; {_depth(solution, settings)}\n")
+    _print(console, f"puzzle {number}: {verdict.text}; {_depth(puzzles, solution, settings)}\n")
 
 
-def _depth(solution: Solution, settings: Any) -> str:
+def _depth(puzzles: PuzzleSet, solution: Solution, settings: Any) -> str:
     """How the model came to its answer."""
     segments, settled = len(solution.thoughts), solution.settled
     words = [f"{'halted after' if settings.halting else 'ran'} {segments} segment{'s' * (segments != 1)}"]
@@ -276,7 +276,8 @@ def _depth(solution: Solution, settings: Any) -> str:
     elif segments > 1:
         words.append(f"answer unchanged since segment {settled}")
     if settings.votes > 1:
-        words.append(f"weighted majority of {settings.votes} runs")
+        how = "weighted majority" if choice_of(puzzles) == "majority" else "the surest"
+        words.append(f"{how} of {settings.votes} runs")
     return ", ".join(words)
 
 

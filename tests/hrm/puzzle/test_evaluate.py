@@ -9,6 +9,7 @@ import torch
 from hrm.puzzle import PuzzleConfig, PuzzleModel, puzzle_loss
 from hrm.puzzle.data import PuzzleSet, as_batch
 from hrm.puzzle.evaluate import Ballots, evaluate, noise_of, predict, rows_of, thinking, view_of, vote
+from hrm.puzzle.maze import as_puzzles, shortest_ways
 from hrm.settings import UsageError
 
 BOARD = np.array([1, 2, 3, 4, 3, 4, 1, 2, 2, 1, 4, 3, 4, 3, 2, 1], np.uint8)
@@ -343,6 +344,30 @@ def test_confidence_takes_the_answer_of_the_highest_q_halt() -> None:
     for symbol, q_halt in ((2, [0.0, 3.0]), (3, [1.0, 2.0]), (4, [-1.0, 1.0])):
         ballots.cast(rows, torch.full((2, 16), symbol), torch.tensor(q_halt))
     assert ballots.winners()[:, 0].tolist() == [3, 2]
+
+
+class Pathfinder(Reader):
+    """Finds in every maze that it sees the way of the labels' rule, and is the surer the more steps go down."""
+
+    def forward(self, carry, batch, *, halting=False, weights=None):
+        after, output = super().forward(carry, batch, halting=halting, weights=weights)
+        answers, _ = shortest_ways(batch["inputs"].numpy().astype(np.uint8), (4, 4))
+        logits = torch.nn.functional.one_hot(torch.from_numpy(answers).long(), 6).float()
+        return after, output._replace(logits=logits, q_halt=torch.from_numpy(answers[:, ::4].sum(1)).float())
+
+
+def test_any_shortest_way_counts_where_turned_mazes_vote() -> None:
+    """A way found in a turned maze is a shortest one, and seldom the label's; ways mixed cell by cell are none."""
+    inputs = np.full((20, 16), 2, np.uint8)  # no walls
+    places = np.random.default_rng(0).permuted(np.tile(np.arange(16), (20, 1)), axis=1)
+    np.put_along_axis(inputs, places[:, :1], 3, 1)
+    np.put_along_axis(inputs, places[:, 1:2], 4, 1)
+    puzzles = as_puzzles(inputs, shortest_ways(inputs, (4, 4))[0], (4, 4))
+    result = vote(Pathfinder(1), puzzles, votes=4)
+    assert result.exact == [1.0] * 4
+    assert result.cells[0] == 1.0 > min(result.cells)  # the label's way first, others with the turned mazes
+    with pytest.raises(UsageError, match="choose is 'majority'; it should be 'confidence' for mazes"):
+        vote(Pathfinder(1), puzzles, votes=2, choose="majority")
 
 
 @pytest.mark.parametrize(
