@@ -21,6 +21,7 @@ from hrm.profile.tracing import ATTENTION, trace
 ADAM8_BLOCK = 256  # values that share one float32 scale
 ADAM8_LEAST, PAGED_LEAST = 4096, 100_000  # smaller tensors keep float32 states; smaller ones are not paged
 PER_LAYER = "embed_tokens_per_layer.weight"  # Gemma 3n's: read one row a token, so the CPU can keep them
+WIDENED = ("gemma3n_text",)  # CUDA's autocast takes powers in float32, and with them all that passes between the layers
 LAYER_GRADIENTS = 4  # tensors as wide as the layer's widest that its backward holds beside what was saved
 
 
@@ -112,8 +113,10 @@ class Skeleton:
         key = (dtype, batch, tokens, checkpointing)
         if key not in self._activations:
             kept, layer = trace(self._traced(dtype), batch, tokens)
-            if checkpointing:
-                kept, _ = trace(self._traced(dtype), batch, tokens, checkpointing=True)
+            passed, _ = trace(self._traced(dtype), batch, tokens, checkpointing=True)
+            kept = passed if checkpointing else kept
+            if dtype != torch.float32 and self.text.model_type in WIDENED:
+                kept += passed * (4 - dtype.itemsize) // dtype.itemsize
             widest = max(m.out_features for m in self.model.get_decoder().modules() if type(m) is nn.Linear)
             working = LAYER_GRADIENTS * batch * tokens * widest * dtype.itemsize
             self._activations[key] = kept, working + (layer if checkpointing else 0)

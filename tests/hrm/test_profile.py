@@ -336,3 +336,12 @@ def test_a_real_step_is_measured(make_model: Make) -> None:
     found = measure_memory(model, Step(64, 8), lambda: make_optimizer(model, settings))
     assert before < found["forward"] and set(found) == {"forward", "backward", "step"}
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_gemma_3n_e4b_takes_what_was_measured_on_an_h100() -> None:
+    """docs/results/e4b: the most that was allocated in training, in GB; the streams between layers are float32 there."""
+    step = Step(2048, gradient_checkpointing=True, four_bit=True, optimizer="adamw_8bit")
+    plan = predict_memory(Gemma3nTextConfig(), HRMConfig(d_l=2048, d_h=4096), True, step)
+    assert plan.peak / 1e9 == pytest.approx(14.93, rel=0.01)
+    assert plan.changed(per_layer_on_cpu=True).peak / 1e9 == pytest.approx(10.23, rel=0.01)
+    assert plan.changed(optimizer="paged_adamw_8bit").peak / 1e9 == pytest.approx(14.49, rel=0.01)
