@@ -339,7 +339,7 @@ def test_a_real_step_is_measured(make_model: Make) -> None:
 
 
 def test_gemma_3n_e4b_takes_what_was_measured_on_an_h100() -> None:
-    """docs/results/e4b: the most that was allocated in training, in GB; the streams between layers are float32 there."""
+    """docs/results/e4b: the most that was allocated in training, in GB; streams between layers are float32."""
     step = Step(2048, gradient_checkpointing=True, four_bit=True, optimizer="adamw_8bit")
     plan = predict_memory(Gemma3nTextConfig(), HRMConfig(d_l=2048, d_h=4096), True, step)
     assert plan.peak / 1e9 == pytest.approx(14.93, rel=0.01)
