@@ -6,6 +6,7 @@ Arms, all with the two adapters, the same rows, batches and learning rates:
     control     the core at N = T = 1: the same parameters, no depth
     one-step    N x T, the gradient of one step (1/1)
     ramp        N x T, the gradient of the whole last cycle (T/1), depth growing in the first half of the time
+    full        N x T, the gradient of all cycles (T/N), the only one that reaches other tokens through the core
     segments    ramp, and up to 4 segments under ACT
 
 Every arm and seed trains for `--seconds` of wall time on one device (or `--steps` steps), learning rates and depth as
@@ -39,7 +40,7 @@ from hrm.curriculum import set_depth, stages
 from hrm.data import Encoded, Example, Template, encode
 from hrm.evaluate import predict
 from hrm.loss import IGNORED, linear_cross_entropy, next_token_targets
-from hrm.tasks import problems
+from hrm.tasks import OPTIONS, problems
 from hrm.train import load_tokenizer
 from hrm.trainer import lr_factor, make_optimizer
 
@@ -51,6 +52,7 @@ class Arm:
     core: dict[str, Any] | None  # in place of the default core's; None: the core is not run
     ramp: tuple[tuple[float, int, int], ...] = ()
     judged: tuple[tuple[int, int, int], ...] = field(default=())  # N, T, segments
+    full: bool = False  # whether all cycles and steps carry gradient, whatever N and T are
 
 
 DEEPER = ((1, 1, 1), (2, 2, 1), (4, 4, 1), (8, 4, 1), (4, 8, 1), (4, 4, 2), (4, 4, 4))
@@ -61,6 +63,7 @@ ARMS = {
     "control": Arm({"h_cycles": 1, "l_steps": 1}),
     "one-step": Arm({}, judged=DEEPER),
     "ramp": Arm({"grad_l_steps": 4}, RAMP, DEEPER),
+    "full": Arm({}, judged=DEEPER, full=True),
     "segments": Arm({"grad_l_steps": 4, **ACT}, RAMP, DEEPER),
 }
 NOT_KEPT = ("output", "plot", "merge", "backbone")
@@ -87,6 +90,8 @@ class Run:
         half = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         backbone = AutoModelForCausalLM.from_pretrained(options.backbone, dtype=half).to(self.device)
         core = {**CORE, **json.loads(options.core), **(self.arm.core or {})}
+        if self.arm.full:
+            core |= {"grad_cycles": core["h_cycles"], "grad_l_steps": core["l_steps"]}
         self.model = HRMGemmaForCausalLM.from_backbone(backbone, hrm=core).train()
         if self.arm.core is None:
             self.model.hrm.requires_grad_(False)
@@ -280,8 +285,8 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--steps", type=int, help="in place of --seconds")
-    parser.add_argument("--task", default="object_swaps")
-    parser.add_argument("--objects", type=int, default=5)
+    parser.add_argument("--task", default="object_swaps", choices=list(OPTIONS))
+    parser.add_argument("--objects", type=int, help="default: the task's")
     parser.add_argument("--max-depth", type=int, default=10)
     parser.add_argument("--judge-depths", nargs="+", type=int, default=[2, 4, 6, 8, 10, 12, 14, 16])
     parser.add_argument("--judged", type=int, default=250, help="problems of each depth")
@@ -295,6 +300,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--merge", nargs="+", type=Path, help="files of arms or seeds that ran side by side")
     options, console = parser.parse_args(), Console()
+    options.objects = options.objects or OPTIONS[options.task]["objects"]
     if options.merge:
         results = merged([json.loads(path.read_text()) for path in options.merge])
         options.output.write_text(json.dumps(results, indent=1))

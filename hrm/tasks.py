@@ -30,7 +30,8 @@ def object_swaps(draw: random.Random, objects: int, depth: int) -> tuple[str, st
 
 def pointer_chase(draw: random.Random, objects: int, depth: int) -> tuple[str, str]:
     """Where `depth` steps along the arrows lead. They go round all objects, so that fewer steps than objects never come
-    back and the number of steps alone tells nothing."""
+    back and the number of steps alone tells nothing. `depth` steps are also objects - depth steps back: with twice as
+    many objects as steps that is no shorter way."""
     order = list(LETTERS[:objects])
     draw.shuffle(order)
     place = draw.randrange(objects)
@@ -41,7 +42,10 @@ def pointer_chase(draw: random.Random, objects: int, depth: int) -> tuple[str, s
 
 
 TASKS: dict[str, Make] = {"object_swaps": object_swaps, "pointer_chase": pointer_chase}
-OPTIONS = {"objects": 5, "min_depth": 1, "max_depth": 10}
+OPTIONS = {
+    "object_swaps": {"objects": 5, "min_depth": 1, "max_depth": 10},
+    "pointer_chase": {"objects": 21, "min_depth": 1, "max_depth": 10},
+}
 
 
 def problems(
@@ -52,17 +56,19 @@ def problems(
     Depths are drawn evenly.
 
     Args:
-        options: objects (2 to 26), min_depth and max_depth (from 0); what is missing is as in `OPTIONS`.
+        options: objects (2 to 26), min_depth and max_depth (from 0; for pointer_chase below objects); what is missing
+            is as in `OPTIONS`.
         key: what the options are called where one of them makes no sense.
 
     Raises:
         UsageError: an option that there is not, or a value that makes no sense.
     """
-    unknown = [name for name in options if name not in OPTIONS]
+    own = OPTIONS[task]
+    unknown = [name for name in options if name not in own]
     if unknown:
-        raise UsageError(f"{key} has no {unknown[0]!r}{nearest(unknown[0], OPTIONS)}")
-    chosen = {**OPTIONS, **options}
-    objects, least, most = (chosen[name] for name in OPTIONS)
+        raise UsageError(f"{key} has no {unknown[0]!r}{nearest(unknown[0], own)}")
+    chosen = {**own, **options}
+    objects, least, most = (chosen[name] for name in own)
     for name, value in chosen.items():
         if not isinstance(value, int) or isinstance(value, bool):
             raise UsageError(f"{key}.{name} is {value!r}; it should be a whole number")
@@ -70,6 +76,10 @@ def problems(
         raise UsageError(f"{key}.objects is {objects}; it should be from 2 to {len(LETTERS)}")
     if not 0 <= least <= most:
         raise UsageError(f"{key}.min_depth is {least}; it should be from 0 to max_depth = {most}")
+    if task == "pointer_chase" and most >= objects:
+        raise UsageError(
+            f"{key}.max_depth is {most}; it should be below objects = {objects}, where the arrows come back"
+        )
     draw = random.Random(f"{task}-{seed}")
     while True:
         depth = draw.randint(least, most)

@@ -66,6 +66,13 @@ def test_options_that_make_no_sense(options, message):
         next(problems("object_swaps", options, 0))
 
 
+def test_arrows_are_not_followed_round_the_whole_ring():
+    with pytest.raises(UsageError, match=r"max_depth is 6; it should be below objects = 6"):
+        next(problems("pointer_chase", {"objects": 6, "max_depth": 6}, 0))
+    prompt, answer, depth = next(problems("pointer_chase", {}, 0))
+    assert chased(prompt) == (answer, depth) and prompt.count(",") > 2 * 10  # no shorter way back
+
+
 def settings(*overrides):
     return load_settings(TrainingSettings, ["data.task=object_swaps", "data.size=50", "data.held_out=20", *overrides])
 
