@@ -294,7 +294,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--micro-batch", type=int, default=256)
     parser.add_argument("--core", default="{}", help="fields of the core as JSON, in place of the default ones")
-    parser.add_argument("--core-lr", type=float, default=1e-3)
+    parser.add_argument("--core-lr", type=float, default=2e-4)
     parser.add_argument("--adapter-lr", type=float, default=5e-4)
     parser.add_argument("--output", type=Path, default=Path("depth.json"))
     parser.add_argument("--plot", type=Path)

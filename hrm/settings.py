@@ -138,8 +138,8 @@ class TrainSection:
     """Depth curriculum: [share of the steps, h_cycles, l_steps] of each stage before the full depth."""
     optimizer: str = "adamw"
     """"adamw", or with bitsandbytes "adamw_8bit" or "paged_adamw_8bit"."""
-    core_lr: float = 1e-3
-    """Peak learning rate of the core."""
+    core_lr: float = 2e-4
+    """Peak learning rate of the core; the wider it is, the lower."""
     adapter_lr: float = 5e-4
     """Peak learning rate of the LoRA adapters."""
     warmup: float = 0.1
