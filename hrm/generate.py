@@ -51,6 +51,8 @@ def find_checkpoint(folder: Path) -> tuple[Path, Template]:
         return folder / "checkpoint", Template(OmegaConf.load(folder / "config.yaml").data.template)
     if (folder / "config.json").is_file():
         return folder, Template(DataSection.template)
+    if (folder / "model" / "config.json").is_file():
+        raise UsageError(f"run is {str(folder)!r}, a run on puzzles; hrm solve and hrm evaluate take those")
     raise UsageError(f"run is {str(folder)!r}, which holds no checkpoint; it should be a run folder or a checkpoint")
 
 

@@ -216,5 +216,9 @@ def test_a_fault_of_the_program_stays_one(monkeypatch):
 def test_generating_without_a_checkpoint(tmp_path, capsys):
     assert main(["generate", f"run={tmp_path}", "prompt=x"]) == 2
     assert "holds no checkpoint" in capsys.readouterr().err
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    assert main(["generate", f"run={tmp_path}", "prompt=x"]) == 2
+    assert "a run on puzzles; hrm solve and hrm evaluate take those" in capsys.readouterr().err
     assert main(["generate", "prompt=x"]) == 2
     assert "run is missing" in capsys.readouterr().err
