@@ -22,49 +22,48 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from transformers import AutoModelForCausalLM, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
 from hrm import HRMGemmaForCausalLM
-from hrm.batching import BatchPlan, micro_batches, scored_tokens
 from hrm.curriculum import set_depth, stages
 from hrm.data import Encoded, Example, Template, encode
 from hrm.evaluate import predict
-from hrm.loss import IGNORED, linear_cross_entropy, next_token_targets
-from hrm.tasks import OPTIONS, problems
+from hrm.loss import IGNORED, next_token_targets
+from hrm.tasks import OPTIONS, texts
 from hrm.train import load_tokenizer
 from hrm.trainer import lr_factor, make_optimizer
 
 
 @dataclass(frozen=True)
 class Arm:
-    """What one arm trains, and at which depths it is judged beside its own."""
+    """What one arm trains."""
 
     core: dict[str, Any] | None  # in place of the default core's; None: the core is not run
     ramp: tuple[tuple[float, int, int], ...] = ()
-    judged: tuple[tuple[int, int, int], ...] = field(default=())  # N, T, segments
     full: bool = False  # whether all cycles and steps carry gradient, whatever N and T are
 
 
-DEEPER = ((1, 1, 1), (2, 2, 1), (4, 4, 1), (8, 4, 1), (4, 8, 1), (4, 4, 2), (4, 4, 4))
 RAMP = ((0.25, 1, 2), (0.5, 2, 4))
 ACT = {"act": True, "max_segments": 4, "exploration": 0.2, "segments": 1}
 ARMS = {
     "lora": Arm(None),
     "control": Arm({"h_cycles": 1, "l_steps": 1}),
-    "one-step": Arm({}, judged=DEEPER),
-    "ramp": Arm({"grad_l_steps": 4}, RAMP, DEEPER),
-    "full": Arm({}, judged=DEEPER, full=True),
-    "segments": Arm({"grad_l_steps": 4, **ACT}, RAMP, DEEPER),
+    "one-step": Arm({}),
+    "ramp": Arm({"grad_l_steps": 4}, RAMP),
+    "full": Arm({}, full=True),
+    "segments": Arm({"grad_l_steps": 4, **ACT}, RAMP),
 }
 NOT_KEPT = ("output", "plot", "merge", "backbone")
 CORE = {"d_l": 1280, "d_h": 1280, "h_cycles": 4, "l_steps": 4}
@@ -80,6 +79,36 @@ class Rates:
     optimizer: str = "adamw"
 
 
+def load(options: argparse.Namespace, dtype: torch.dtype) -> Any:
+    """The backbone, or its first layers and its final norm."""
+    config = AutoConfig.from_pretrained(options.backbone)
+    if options.layers is not None:
+        config.num_hidden_layers, config.layer_types = options.layers, config.layer_types[: options.layers]
+    return AutoModelForCausalLM.from_pretrained(options.backbone, config=config, dtype=dtype)
+
+
+class Batches:
+    """All training rows on one device, padded at the end to one width, so that every step has the same shapes."""
+
+    def __init__(self, rows: Sequence[Sequence[Encoded]], size: int, pad: int, seed: int, device: torch.device) -> None:
+        width = max(sum(len(part) for turn in row for part in turn) for row in rows)
+        ids, labels = torch.full((len(rows), width), pad), torch.full((len(rows), width), IGNORED)
+        for index, row in enumerate(rows):
+            tokens = [token for prompt, answer in row for token in prompt + answer]
+            scored = [token for prompt, answer in row for token in [IGNORED] * len(prompt) + answer]
+            ids[index, : len(tokens)], labels[index, : len(tokens)] = torch.tensor(tokens), torch.tensor(scored)
+        self.ids, self.labels, self.size = ids.to(device), labels.to(device), size
+        targets = next_token_targets(self.labels, None)
+        self.places = (targets != IGNORED).nonzero()[:, 1].view(len(rows), -1)  # as many scored tokens in each row
+        self.targets = targets.gather(1, self.places)
+        self._draw = torch.Generator().manual_seed(seed)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """The places of `size` rows each, on the CPU: every row once before any comes again, without end."""
+        while True:
+            yield from torch.randperm(len(self.ids), generator=self._draw).split(self.size)[: len(self.ids) // self.size]
+
+
 class Run:
     """One arm with one seed."""
 
@@ -88,75 +117,119 @@ class Run:
         set_seed(seed)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         half = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        backbone = AutoModelForCausalLM.from_pretrained(options.backbone, dtype=half).to(self.device)
+        backbone = load(options, half).to(self.device)
         core = {**CORE, **json.loads(options.core), **(self.arm.core or {})}
         if self.arm.full:
             core |= {"grad_cycles": core["h_cycles"], "grad_l_steps": core["l_steps"]}
-        self.model = HRMGemmaForCausalLM.from_backbone(backbone, hrm=core).train()
+        self.model = HRMGemmaForCausalLM.from_backbone(backbone, hrm=core, lora=not options.frozen).train()
         if self.arm.core is None:
             self.model.hrm.requires_grad_(False)
         self.optimizer = make_optimizer(self.model, Rates(options.core_lr, options.adapter_lr))
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.full = self.model.hrm.config.from_dict(self.model.hrm.config.to_dict())
-        self.steps = 0
+        self.steps, self._replayed = 0, None
+        decoder = self.model.get_decoder()
+        self._compiled = torch.compile(decoder.forward, dynamic=False) if self.device.type == "cuda" else decoder.forward
 
-    def train(self, rows: Sequence[Encoded], pad: int) -> dict[str, float]:
-        """Steps until the time is spent; returns steps, seconds and the mean loss of the last tenth."""
+    def train(self, batches: Batches) -> dict[str, Any]:
+        """Steps until the time is spent; returns steps, seconds and the mean loss of each twentieth of the steps."""
+        decoder = self.model.get_decoder()
+        decoder.forward = self._compiled
+        try:
+            return self._train(batches)
+        finally:
+            del decoder.forward  # judged as it is: one shape a batch there
+            self._replayed = None
+
+    def _train(self, batches: Batches) -> dict[str, Any]:
         options, losses = self.options, []
-        plan = BatchPlan([len(r.prompt) for r in rows], batch_size=options.batch_size, steps=10**6, seed=self.seed)
         depth = stages(self.arm.ramp, 10**6, self.full.h_cycles, self.full.l_steps)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        began = None
-        for places in plan:
-            if self.steps == 3 or (began is None and options.steps):  # kernels are compiled, memory is there
-                began = self._now()
-            share = self._share(began)
+        seconds, began = 0.0, self._now()
+        for chosen in batches:
+            share = self.steps / options.steps if options.steps else seconds / options.seconds
             if share >= 1:
                 break
-            set_depth(self.model.hrm.config, self.full, depth, int(share * 10**6))
+            config, before = self.model.hrm.config, self._depth()
+            set_depth(config, self.full, depth, int(share * 10**6))
+            if self.steps == 0 or self._depth() != before:
+                self._prepare(batches)
+                began = self._now() - seconds  # compiling and recording are no training
             for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
                 group["lr"] = peak * lr_factor(int(share * 1000), 1000, 0.05)
-            losses.append(self._step([rows[place.row] for place in places], pad, parameters))
+            losses.append(self._step(batches, chosen, parameters))
             self.steps += 1
-        tail = [float(loss) for loss in losses[-max(1, len(losses) // 10) :]]
-        return {"steps": self.steps, "seconds": self._now() - (began or 0), "loss": statistics.fmean(tail)}
+            seconds = (self._now() if self.steps % 8 == 0 else time.perf_counter()) - began
+        parts = torch.stack(losses).tensor_split(min(20, len(losses)))
+        return {"steps": self.steps, "seconds": seconds, "losses": [round(part.mean().item(), 4) for part in parts]}
 
-    def _share(self, began: float | None) -> float:
-        """How much of the training is over."""
-        if self.options.steps:
-            return self.steps / self.options.steps
-        return 0.0 if began is None else (self._now() - began) / self.options.seconds
+    def _depth(self) -> tuple[int, ...]:
+        config = self.model.hrm.config
+        return config.h_cycles, config.l_steps, config.grad_cycles, config.grad_l_steps
 
-    def _step(self, rows: Sequence[Encoded], pad: int, parameters: Sequence[Tensor]) -> Tensor:
-        items, total = scored_tokens(rows), torch.zeros((), device=self.device)
-        for part in micro_batches(rows, self.options.micro_batch, pad, pack=False):
-            part = {name: tensor.to(self.device) for name, tensor in part.items()}
-            with self._autocast():
-                loss = self._loss(part, items)
-            loss.backward()
-            total += loss.detach()
+    def _prepare(self, batches: Batches) -> None:
+        """Compiles the backbone and records forward and backward pass in a CUDA graph: else the GPU waits for Python.
+
+        No graph under ACT, where what is run depends on the data.
+        """
+        self._replayed = None
+        if self.device.type != "cuda" or self.model.hrm.config.act:
+            for _ in range(2):  # kernels are compiled, memory is there
+                self._backward(batches, torch.arange(batches.size, device=self.device))
+            return
+        self._chosen = torch.arange(batches.size, device=self.device)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self.optimizer.zero_grad()
+                self._backward(batches, self._chosen)
+        torch.cuda.current_stream().wait_stream(side)
+        self.optimizer.zero_grad()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._loss = self._backward(batches, self._chosen)
+        self._replayed = graph
+
+    def _step(self, batches: Batches, chosen: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+        if self._replayed is None:
+            self.optimizer.zero_grad()
+            loss = self._backward(batches, chosen.to(self.device))
+        else:
+            self._chosen.copy_(chosen, non_blocking=True)
+            self._replayed.replay()  # which overwrites the gradients
+            loss = self._loss.clone()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         self.optimizer.step()
-        self.optimizer.zero_grad()
-        return total
+        return loss
 
-    def _loss(self, part: dict[str, Tensor], items: int) -> Tensor:
-        model = self.model
-        if self.arm.core is not None:
-            output = model(**part, num_items_in_batch=items)
-            assert output.loss is not None
-            return output.loss
-        decoder = model.get_decoder()
-        h = decoder(input_ids=part["input_ids"], attention_mask=part["attention_mask"], use_cache=False)[0]
-        targets = next_token_targets(part["labels"], part["attention_mask"])
-        scored = targets != IGNORED
-        size = model.config.get_text_config().vocab_size
-        return linear_cross_entropy(h[scored], targets[scored], model._logits, size, frozen=True).loss.sum() / items
+    def _backward(self, batches: Batches, chosen: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            if self.model.hrm.config.act:
+                output = self.model(batches.ids[chosen], labels=batches.labels[chosen])
+                assert output.loss is not None
+                loss = output.loss
+            else:
+                loss = self._cross_entropy(batches.ids[chosen], batches.places[chosen], batches.targets[chosen])
+        loss.backward()
+        return loss.detach()
+
+    def _cross_entropy(self, ids: Tensor, places: Tensor, targets: Tensor) -> Tensor:
+        """The model's loss, with shapes that do not depend on the data. Padding comes last, and no token sees it."""
+        h = self.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+        rows = torch.arange(len(ids), device=ids.device)[:, None]
+        if self.arm.core is None:
+            hidden = [h[rows, places]]
+        else:
+            core = self.model.hrm
+            hidden = [core.read_out(h[rows, places], part.z_h[rows, places]) for part in core(h).segments]
+        scores = [self.model._logits(part).float().flatten(0, 1) for part in hidden]
+        return torch.stack([F.cross_entropy(part, targets.flatten()) for part in scores]).mean()
 
     def judge(self, rows: Sequence[Encoded], depths: Sequence[int], pad: int) -> dict[str, dict[int, float]]:
-        """Share of right answers by depth: as trained, and with each N, T, segments of the arm's list."""
+        """Share of right answers by depth: as trained, and with each N, T, segments of `_other_depths`."""
         config, found = self.model.hrm.config, {}
-        for how in ("trained", *self.arm.judged):
+        for how in ("trained", *self._other_depths()):
             for name, value in self.full.to_dict().items():
                 setattr(config, name, value)
             segments = None
@@ -164,9 +237,16 @@ class Run:
                 config.h_cycles, config.l_steps, segments = how
                 config.grad_cycles = config.grad_l_steps = 1
             with self._without_core() if self.arm.core is None else nullcontext():
-                right = predict(self.model, rows, pad, batch_size=self.options.micro_batch, segments=segments)
+                right = predict(self.model, rows, pad, batch_size=self.options.judge_batch, segments=segments)
             found["trained" if how == "trained" else "N{} T{} M{}".format(*how)] = by_depth(right, depths)
         return found
+
+    def _other_depths(self) -> list[tuple[int, int, int]]:
+        """N, T and segments to judge a core with depth at: less and more of each than it was trained with."""
+        n, t = self.full.h_cycles, self.full.l_steps
+        if self.arm.core is None or n == 1:
+            return []
+        return [(1, t, 1), (n // 2, t, 1), (n + 1, t, 1), (2 * n, t, 1), (n, 2 * t, 1), (n, t, 2), (n, t, 4)]
 
     @contextmanager
     def _without_core(self) -> Iterator[None]:
@@ -174,9 +254,6 @@ class Run:
         core, self.model.hrm.config.h_cycles, self.model.hrm.config.l_steps = self.full, 1, 1
         yield
         self.model.hrm.config.h_cycles, self.model.hrm.config.l_steps = core.h_cycles, core.l_steps
-
-    def _autocast(self) -> Any:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
 
     def _now(self) -> float:
         if self.device.type == "cuda":
@@ -192,26 +269,38 @@ def by_depth(right: Sequence[bool], depths: Sequence[int]) -> dict[int, float]:
     }
 
 
-def make_rows(options: argparse.Namespace, tokenizer: Any) -> tuple[list[Encoded], list[Encoded], list[int]]:
-    """Rows to train on, rows to judge by, and the depths of these; no prompt is in both."""
+def make_rows(options: argparse.Namespace, tokenizer: Any) -> tuple[list[list[Encoded]], list[Encoded], list[int]]:
+    """Texts to train on, each with `options.questions` questions as turns, problems to judge by, and their depths.
+
+    No problem to judge by is about a text that is trained on.
+    """
     trained = {"objects": options.objects, "max_depth": options.max_depth}
-    judged: dict[str, tuple[str, int]] = {}
+    judged: dict[str, Example] = {}
     for depth in options.judge_depths:
-        own = {"objects": options.objects, "min_depth": depth, "max_depth": depth}
-        for prompt, answer, _ in problems(options.task, own, 10**6 + depth):
-            judged.setdefault(prompt, (answer, depth))
-            if sum(of == depth for _, of in judged.values()) == options.judged:
+        found: list[Example] = []
+        for text, asked in texts(options.task, {**trained, "min_depth": depth, "max_depth": depth}, 10**6 + depth, 1):
+            if text not in judged:
+                found.append(Example(text + asked[0][0], asked[0][1], "made", {"depth": depth}))
+                judged[text] = found[-1]
+            if len(found) == options.judged:
                 break
-    train: list[Example] = []
-    for prompt, answer, depth in problems(options.task, trained, 0):
-        if prompt not in judged:
-            train.append(Example(prompt, answer, "made", {"depth": depth}))
-        if len(train) == options.rows:
-            break
-    held_out = [Example(prompt, answer, "made") for prompt, (answer, _) in judged.items()]
-    template = Template("{prompt} {answer}")
-    encoded = [encode(examples, template, tokenizer, 512) for examples in (train, held_out)]
-    return encoded[0], encoded[1], [depth for _, depth in judged.values()]
+    made = (row for row in texts(options.task, trained, 0, options.questions) if row.text not in judged)
+    template, train = Template("{prompt} {answer}"), list(islice(made, options.rows))
+    held_out = list(judged.values())
+    first = encode(
+        [Example(text + asked[0][0], asked[0][1], "made") for text, asked in train], template, tokenizer, 512
+    )
+    later = {turn[:2] for row in train for turn in row.asked[1:]}
+    known = dict(zip(later, _turns(later, template, tokenizer), strict=True))
+    rows = [[one, *(known[turn[:2]] for turn in row.asked[1:])] for one, row in zip(first, train, strict=True)]
+    return rows, encode(held_out, template, tokenizer, 512), [example.entry["depth"] for example in held_out]
+
+
+def _turns(turns: Collection[tuple[str, str]], template: Template, tokenizer: Any) -> list[Encoded]:
+    """Tokens of questions and answers that follow others, so that nothing is put in front of them."""
+    sides = ([template.question(q) for q, _ in turns], [template.answer(a) for _, a in turns])
+    questions, answers = (tokenizer(side, add_special_tokens=False)["input_ids"] if side else [] for side in sides)
+    return [Encoded(q, [*a, tokenizer.eos_token_id]) for q, a in zip(questions, answers, strict=True)]
 
 
 # ---------------------------------------------------------------------------------------------------- what is shown
@@ -287,15 +376,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="in place of --seconds")
     parser.add_argument("--task", default="object_swaps", choices=list(OPTIONS))
     parser.add_argument("--objects", type=int, help="default: the task's")
+    parser.add_argument("--questions", type=int, default=1, help="about each text that is trained on, as turns")
     parser.add_argument("--max-depth", type=int, default=10)
     parser.add_argument("--judge-depths", nargs="+", type=int, default=[2, 4, 6, 8, 10, 12, 14, 16])
     parser.add_argument("--judged", type=int, default=250, help="problems of each depth")
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--micro-batch", type=int, default=256)
+    parser.add_argument("--judge-batch", type=int, default=512)
     parser.add_argument("--core", default="{}", help="fields of the core as JSON, in place of the default ones")
     parser.add_argument("--core-lr", type=float, default=2e-4)
     parser.add_argument("--adapter-lr", type=float, default=5e-4)
+    parser.add_argument("--layers", type=int, help="of the backbone, the first ones; default: all")
+    parser.add_argument("--frozen", action="store_true", help="no adapters: the core alone is trained")
     parser.add_argument("--output", type=Path, default=Path("depth.json"))
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--merge", nargs="+", type=Path, help="files of arms or seeds that ran side by side")
@@ -317,12 +409,13 @@ def main() -> None:
     for seed in options.seeds:
         for name in options.arms:
             run = Run(options, name, seed)
-            trained = run.train(rows, tokenizer.pad_token_id)
+            trained = run.train(Batches(rows, options.batch_size, tokenizer.pad_token_id, seed, run.device))
             found = run.judge(judged, depths, tokenizer.pad_token_id)
             results["runs"].append({"arm": name, "seed": seed, **trained, "judged": found})
             options.output.write_text(json.dumps(results, indent=1))
             results = json.loads(options.output.read_text())  # depths as text, as the file has them
-            console.print(f"{name} seed {seed}: {trained} {found['trained']}", highlight=False)
+            about_it = f"{trained['steps']} steps, loss {trained['losses'][-1]:.3f}"
+            console.print(f"{name} seed {seed}: {about_it}, right by depth {found['trained']}", highlight=False)
     show(results, console)
 
 

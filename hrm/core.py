@@ -16,6 +16,7 @@ from hrm.config import HRMConfig, check_fused
 from hrm.inputs import check_beside, check_places
 from hrm.schedule import least_segments, run_cycles
 
+G_BIAS, P_BIAS, R_BIAS = 2.0, 2.0, 1.0  # of the gates g (L step), p and r (H step): SiLUs nearly linear, r mostly open
 Q_BIAS = -5.0  # both Q values start near "no": sigmoid(-5) < 1 %, so an untrained core never halts early
 # not cuDNN's: it plans anew for every length of the cache, 14 ms a token on an H100
 SDPA_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -172,6 +173,11 @@ class HRMCore(nn.Module):
             else:  # blocks are (..., fan in, fan out), like the plain matrices
                 nn.init.trunc_normal_(parameter, std=parameter.shape[-2] ** -0.5)
         nn.init.constant_(self.b_q, Q_BIAS)
+        # gates start open: else the states' constant beginnings drown what x says of a token for thousands of steps
+        # (docs/training.md, "Problems of known depth")
+        nn.init.constant_(self.b_c[: self.config.d_l], G_BIAS)
+        nn.init.constant_(self.b_h[: self.config.d_h], P_BIAS)
+        nn.init.constant_(self.b_h[2 * self.config.d_h :], R_BIAS)
         for init in (self.z_l_init, self.z_h_init):
             nn.init.trunc_normal_(init, std=1.0)
             init.copy_(self._norm(init.unflatten(-1, (-1, self.config.head_size))).flatten(-2))

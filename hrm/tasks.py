@@ -7,38 +7,49 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from hrm.settings import UsageError, nearest
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-Make = Callable[[random.Random, int, int], tuple[str, str]]  # generator, objects, depth -> prompt, answer
 
 
-def object_swaps(draw: random.Random, objects: int, depth: int) -> tuple[str, str]:
-    """Which object is at a place after `depth` swaps of two places."""
-    row = list(LETTERS[:objects])
+class Questions(NamedTuple):
+    """A text, and all that can be asked about it."""
+
+    text: str
+    asked: list[tuple[str, str, int]]  # question, answer, depth
+
+
+Make = Callable[[random.Random, int, range], Questions]  # generator, objects, depths
+
+
+def object_swaps(draw: random.Random, objects: int, depths: range) -> Questions:
+    """Which object is at a place after some swaps of two places."""
+    row, depth = list(LETTERS[:objects]), draw.choice(depths)
     draw.shuffle(row)
-    prompt = " ".join(row) + "."
+    text = " ".join(row) + "."
     for _ in range(depth):
         one, other = draw.sample(range(objects), 2)
         row[one], row[other] = row[other], row[one]
-        prompt += f" {one + 1} {other + 1},"
-    place = draw.randrange(objects)
-    return f"{prompt} at {place + 1}?", row[place]
+        text += f" {one + 1} {other + 1},"
+    return Questions(text, [(f" at {place + 1}?", row[place], depth) for place in range(objects)])
 
 
-def pointer_chase(draw: random.Random, objects: int, depth: int) -> tuple[str, str]:
-    """Where `depth` steps along the arrows lead. They go round all objects, so that fewer steps than objects never come
+def pointer_chase(draw: random.Random, objects: int, depths: range) -> Questions:
+    """Where some steps along the arrows lead. They go round all objects, so that fewer steps than objects never come
     back and the number of steps alone tells nothing. `depth` steps are also objects - depth steps back: with twice as
     many objects as steps that is no shorter way."""
     order = list(LETTERS[:objects])
     draw.shuffle(order)
-    place = draw.randrange(objects)
     pairs = [(order[at - 1], order[at]) for at in range(objects)]
     draw.shuffle(pairs)
-    question = f"{depth} from {order[place]}?"
-    return " ".join(f"{a} {b}," for a, b in pairs) + f" {question}", order[(place + depth) % objects]
+    asked = [
+        (f" {depth} from {order[place]}?", order[(place + depth) % objects], depth)
+        for depth in depths
+        for place in range(objects)
+    ]
+    return Questions(" ".join(f"{a} {b}," for a, b in pairs), asked)
 
 
 TASKS: dict[str, Make] = {"object_swaps": object_swaps, "pointer_chase": pointer_chase}
@@ -51,9 +62,16 @@ OPTIONS = {
 def problems(
     task: str, options: Mapping[str, Any], seed: int, key: str = "data.task_options"
 ) -> Iterator[tuple[str, str, int]]:
-    """Prompt, answer and depth of problems of `TASKS[task]`, without end; a function of task, options and seed.
+    """Prompt, answer and depth of problems of `TASKS[task]`, without end: `texts`, each with one of its questions."""
+    for text, asked in texts(task, options, seed, 1, key):
+        yield text + asked[0][0], *asked[0][1:]
 
-    Depths are drawn evenly.
+
+def texts(
+    task: str, options: Mapping[str, Any], seed: int, count: int, key: str = "data.task_options"
+) -> Iterator[Questions]:
+    """Texts of `TASKS[task]`, without end, each with `count` of its questions, or all where there are fewer; a function
+    of task, options and seed. Depths are drawn evenly.
 
     Args:
         options: objects (2 to 26), min_depth and max_depth (from 0; for pointer_chase below objects); what is missing
@@ -63,6 +81,14 @@ def problems(
     Raises:
         UsageError: an option that there is not, or a value that makes no sense.
     """
+    objects, depths = _checked(task, options, key)
+    draw = random.Random(f"{task}-{seed}")
+    while True:
+        text, asked = TASKS[task](draw, objects, depths)
+        yield Questions(text, draw.sample(asked, min(count, len(asked))))
+
+
+def _checked(task: str, options: Mapping[str, Any], key: str) -> tuple[int, range]:
     own = OPTIONS[task]
     unknown = [name for name in options if name not in own]
     if unknown:
@@ -80,7 +106,4 @@ def problems(
         raise UsageError(
             f"{key}.max_depth is {most}; it should be below objects = {objects}, where the arrows come back"
         )
-    draw = random.Random(f"{task}-{seed}")
-    while True:
-        depth = draw.randint(least, most)
-        yield (*TASKS[task](draw, objects, depth), depth)
+    return objects, range(least, most + 1)
