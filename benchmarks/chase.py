@@ -1,6 +1,6 @@
 """What the core learns by itself: chains of look-ups, without a backbone. `python benchmarks/chase.py`
 
-A row holds the arrows of a ring of objects in any order and then a question, "k steps from here?": one token each, with
+A row holds the arrows of a ring of objects in any order and then questions, "k steps from here?": one token each, with
 fixed random embeddings. Only the H steps mix tokens, so each look-up takes an H step: the cheapest task on which depth
 must pay. On a ring of n objects k steps are n - k steps back, so that the middle k are the deepest; chance is one
 in n. Every step draws new rows; float32, one CPU thread.
@@ -28,7 +28,7 @@ HIDDEN = 64  # width of the embeddings
 
 
 class Rows(NamedTuple):
-    """Arrows and a question (B, n + 1, HIDDEN), and the answers (B,)."""
+    """Arrows and questions (B, n + q, HIDDEN), and the answers (B, q)."""
 
     x: Tensor
     answers: Tensor
@@ -43,20 +43,20 @@ class Ring:
         self.from_here, self.to, self.start, self.steps = torch.randn(4, objects, HIDDEN, generator=draw)
         self.head = torch.randn(objects, HIDDEN, generator=draw)
 
-    def draw(self, rows: int, draw: torch.Generator, k: int | None = None) -> Rows:
-        """Rows with `k` steps, or with 1 to objects - 1 of them."""
-        every, n = torch.arange(rows), self.objects
+    def draw(self, rows: int, questions: int, draw: torch.Generator, steps: range) -> Rows:
+        """Rows, each with `questions` questions of as many steps as `steps` holds, evenly."""
+        n = self.objects
         order, shuffle = (torch.rand(rows, n, generator=draw).argsort(1) for _ in range(2))
-        steps = torch.randint(1, n, (rows,), generator=draw) if k is None else torch.full((rows,), k)
-        start = torch.randint(n, (rows,), generator=draw)
+        count = torch.randint(steps.start, steps.stop, (rows, questions), generator=draw)
+        start = torch.randint(n, (rows, questions), generator=draw)
         one, next_one = (ring.gather(1, shuffle) for ring in (order, order.roll(-1, 1)))
-        question = self.start[order[every, start]] + self.steps[steps]
-        x = torch.cat([self.from_here[one] + self.to[next_one], question[:, None]], 1)
-        return Rows(x, order[every, (start + steps) % n])
+        asked = self.start[order.gather(1, start)] + self.steps[count]
+        x = torch.cat([self.from_here[one] + self.to[next_one], asked], 1)
+        return Rows(x, order.gather(1, (start + count) % n))
 
     def scores(self, core: HRMCore, x: Tensor) -> Tensor:
-        """Logits (B, objects) at the question."""
-        return core(x).segments[-1].z_h[:, -1] @ core.w_out @ self.head.T
+        """Logits (B, q, objects) at the questions."""
+        return core(x).segments[-1].z_h[:, self.objects :] @ core.w_out @ self.head.T
 
 
 def make_core(options: argparse.Namespace) -> HRMCore:
@@ -78,8 +78,8 @@ def train(options: argparse.Namespace) -> dict[str, object]:
     for step in range(options.steps):
         for group in optimizer.param_groups:
             group["lr"] = options.lr * lr_factor(step, options.steps, 0.05)
-        rows = ring.draw(64, draw)
-        loss = F.cross_entropy(ring.scores(core, rows.x), rows.answers)
+        rows = ring.draw(options.rows, options.questions, draw, range(1, options.most + 1))
+        loss = F.cross_entropy(ring.scores(core, rows.x).flatten(0, 1), rows.answers.flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(core.parameters(), 1.0)
         optimizer.step()
@@ -87,16 +87,17 @@ def train(options: argparse.Namespace) -> dict[str, object]:
         losses.append(loss.item())
     seconds, quarter = time.process_time() - began, options.steps // 4
     curve = [statistics.fmean(losses[end - quarter // 2 : end]) for end in range(quarter, options.steps + 1, quarter)]
-    return {"losses": [round(loss, 3) for loss in curve], "right": judge(core.eval(), ring), "cpu_seconds": seconds}
+    right = judge(core.eval(), ring, options)
+    return {"losses": [round(loss, 3) for loss in curve], "right": right, "cpu_seconds": round(seconds)}
 
 
 @torch.no_grad()
-def judge(core: HRMCore, ring: Ring) -> dict[int, float]:
-    """Share of right answers to 1,000 questions for each k."""
+def judge(core: HRMCore, ring: Ring, options: argparse.Namespace) -> dict[int, float]:
+    """Share of right answers to about 1,000 questions for each k."""
     found = {}
-    for k in range(1, ring.objects):
-        rows = ring.draw(1000, torch.Generator().manual_seed(k), k)
-        found[k] = (ring.scores(core, rows.x).argmax(-1) == rows.answers).double().mean().item()
+    for k in range(1, options.most + 1):
+        rows = ring.draw(1000 // options.questions, options.questions, torch.Generator().manual_seed(k), range(k, k + 1))
+        found[k] = round((ring.scores(core, rows.x).argmax(-1) == rows.answers).double().mean().item(), 3)
     return found
 
 
@@ -104,9 +105,9 @@ def reach(options: argparse.Namespace) -> dict[str, float]:
     """Norm of the gradient of an untrained core's answers with respect to the question and to the arrows."""
     ring, core = Ring(options.objects), make_core(options)
     torch.nn.init.normal_(core.w_out, std=options.width**-0.5)  # which starts at zero, and would let nothing through
-    rows = ring.draw(64, torch.Generator().manual_seed(options.seed))
+    rows = ring.draw(64, 1, torch.Generator().manual_seed(options.seed), range(1, options.most + 1))
     x = rows.x.requires_grad_()
-    F.cross_entropy(ring.scores(core, x), rows.answers, reduction="sum").backward()
+    F.cross_entropy(ring.scores(core, x).flatten(0, 1), rows.answers.flatten(), reduction="sum").backward()
     assert x.grad is not None
     return {"question": x.grad[:, -1].norm().item(), "arrows": x.grad[:, :-1].norm().item()}
 
@@ -115,6 +116,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reach", action="store_true", help="gradients of an untrained core in place of a training")
     parser.add_argument("--objects", type=int, default=6)
+    parser.add_argument("--most", type=int, help="steps of a question; default: all but one way round")
+    parser.add_argument("--questions", type=int, default=1, help="in a row")
+    parser.add_argument("--rows", type=int, default=64, help="in a training step")
     parser.add_argument("--cycles", type=int, default=6, help="N")
     parser.add_argument("--l-steps", type=int, default=1, help="T")
     parser.add_argument("--grad-cycles", type=int, help="cycles with a gradient; default: all")
@@ -124,6 +128,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    options.most = options.most or options.objects - 1
     torch.set_num_threads(1)
     print(json.dumps({**vars(options), **(reach(options) if options.reach else train(options))}), flush=True)
 
