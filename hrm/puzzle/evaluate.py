@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -352,8 +353,8 @@ def check_votes(
         raise UsageError(f"votes is {votes}; it should be at least 1")
     if choose not in ("majority", "confidence"):
         raise UsageError(f"choose is {choose!r}; it should be 'majority' or 'confidence'")
-    if noise < 0:
-        raise UsageError(f"noise is {noise}; it should be at least 0")
+    if not 0 <= noise < math.inf:
+        raise UsageError(f"noise is {noise}; it should be a finite number, at least 0")
     if votes > 1 and views and puzzles.task == "arc":
         raise UsageError(
             f"votes is {votes}; it should be 1, or views False, for the task 'arc', whose symmetric copies are puzzles "

@@ -376,6 +376,7 @@ def test_any_shortest_way_counts_where_turned_mazes_vote() -> None:
         ({"votes": 0}, "votes is 0"),
         ({"choose": "best"}, "choose is 'best'"),
         ({"noise": -1.0}, "noise is -1.0"),
+        ({"noise": float("nan")}, "noise is nan; it should be a finite number, at least 0"),
         ({"views": False}, "all votes would be the same"),
     ],
 )
