@@ -185,7 +185,9 @@ class TextRow(NamedTuple):
     rating: int | None
 
 
-def load_puzzles(path: str | os.PathLike[str], task: str | None = None, *, check_unique: bool = True) -> PuzzleSet:
+def load_puzzles(
+    path: str | os.PathLike[str], task: str | None = None, *, check_unique: bool = True, answered: bool = True
+) -> PuzzleSet:
     """The puzzles of a .npz, .csv or .txt file, every one checked.
 
     Args:
@@ -194,6 +196,7 @@ def load_puzzles(path: str | os.PathLike[str], task: str | None = None, *, check
         task: "sudoku" or "maze"; None: as the file says, or by the symbols of its first row. A `PuzzleSet` of another
             task than this is refused.
         check_unique: whether sudokus of which the file has the answer are searched for a second one.
+        answered: whether the rows of a .csv have to have answers, so that no misspelt column goes unnoticed.
 
     Raises:
         UsageError: no such file, a puzzle that is not as it should be; with file and line number.
@@ -204,7 +207,7 @@ def load_puzzles(path: str | os.PathLike[str], task: str | None = None, *, check
     if path.suffix == ".npz":
         puzzles, _, refused = read_set(path, task, check_unique)
         return _unless_refused(puzzles, refused)
-    rows = list(read_rows(path))
+    rows = list(read_rows(path, answered))
     if not rows:
         raise UsageError(f"{path} has no rows")
     if (task or guess_task(rows[0].question)) == "maze":
@@ -254,11 +257,12 @@ def guess_task(question: str) -> str:
     return "maze" if "#" in question else "sudoku"
 
 
-def read_rows(path: Path) -> Iterator[TextRow]:
+def read_rows(path: Path, answered: bool = True) -> Iterator[TextRow]:
     """The rows of a .csv or .txt file; empty lines are passed over.
 
     Raises:
-        UsageError: no such file, no text, or a row without question or answer; with file and line number.
+        UsageError: no such file, no text, or a row of a .csv without question or, `answered`, without answer; with file
+            and line number.
     """
     if not path.is_file():
         raise UsageError(f"{path} is no file")
@@ -272,14 +276,14 @@ def read_rows(path: Path) -> Iterator[TextRow]:
     reader = csv.DictReader(lines)
     try:
         for row in reader:
-            yield text_row(row, f"{path}:{reader.line_num}")
+            yield text_row(row, f"{path}:{reader.line_num}", answered)
     except csv.Error as error:  # a quotation mark that nothing closes, until the field is too long
         raise UsageError(f"{path}:{reader.line_num}: cannot be read as CSV ({error})") from error
 
 
-def text_row(row: dict[str, str | None], source: str) -> TextRow:
+def text_row(row: dict[str, str | None], source: str, answered: bool = True) -> TextRow:
     """A row with the columns question, answer and, if there, rating; errors as in `read_rows`."""
-    for column in ("question", "answer"):
+    for column in ("question", "answer") if answered else ("question",):
         if column in row and row[column] is None:
             raise UsageError(f"{source}: the row ends before {column!r}")
         if not isinstance(row.get(column), str):
@@ -290,7 +294,8 @@ def text_row(row: dict[str, str | None], source: str) -> TextRow:
         number = None if rating in (None, "") else int(rating)  # type: ignore[arg-type]
     except ValueError as error:
         raise UsageError(f"{source}: 'rating' is {rating!r}; it should be a whole number") from error
-    return TextRow(source, row["question"] or "", row["answer"] or "", number)
+    answer = row.get("answer") or ("" if answered else None)
+    return TextRow(source, row["question"] or "", answer, number)
 
 
 # ------------------------------------------------------------------------------------------------ batches
