@@ -29,7 +29,8 @@ class EvaluateSettings:
     halting: bool = False
     """Take each puzzle's answer where its Q head halts, and spare the rest."""
     votes: int = 1
-    """Above 1: also solve so many symmetric copies of each puzzle, and let them vote; of mazes, let the surest win."""
+    """Above 1: also solve so many symmetric copies of each puzzle, and let them vote; of mazes, which have eight, let
+    the surest win."""
     limit: int | None = None
     """Only the first so many puzzles."""
     batch_size: int = 768

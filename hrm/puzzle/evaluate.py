@@ -223,7 +223,7 @@ def vote(
 
     Args:
         puzzles: as in `evaluate`, as are batch_size, segments, halting and limit.
-        votes: runs; the first is on the puzzle as it is.
+        votes: runs; the first is on the puzzle as it is. Without noise at most as many as `copies_of` says.
         seed: of all that is drawn; the same seed gives the same result for any batch size.
         views: every later run sees each puzzle through a symmetry (the training's; none for ARC).
         noise: standard deviation of what is added to the initial states of a later run, where they have about 1.
@@ -286,6 +286,13 @@ def view_of(puzzles: PuzzleSet, count: int, seed: int, number: int, device: torc
         order = np.concatenate(([0], np.random.default_rng(seed).permutation(len(symmetries) - 1) + 1))
         cells = np.tile(symmetries[order[number % len(order)]], (count, 1))
     return View(*(torch.from_numpy(a).to(device) for a in (cells.astype(np.int16), symbols.astype(np.uint8))))
+
+
+def copies_of(puzzles: PuzzleSet) -> int:
+    """How many different views a puzzle of Sudoku or a maze has at most, the puzzle as it is among them."""
+    if puzzles.task == "sudoku":
+        return sudoku.count_symmetries(puzzles.side[0])
+    return len(maze.symmetries(puzzles.side))
 
 
 def noise_of(model: PuzzleModel, std: float, seed: int, number: int) -> Noise | None:
@@ -360,6 +367,8 @@ def check_votes(
             f"votes is {votes}; it should be 1, or views False, for the task 'arc', whose symmetric copies are puzzles "
             "of their own"
         )
+    if views and noise == 0 and votes > (most := copies_of(puzzles)):
+        raise UsageError(f"votes is {votes}; it should be at most {most}, the symmetric copies of a puzzle and itself")
     if votes > 1 and views and puzzles.task == "maze" and choose == "majority":
         raise UsageError(
             "choose is 'majority'; it should be 'confidence' for mazes, whose turned copies have other ways"

@@ -71,6 +71,13 @@ class SudokuAugmenter:
         return cells.reshape(count, self._side**2)
 
 
+def count_symmetries(side: int) -> int:
+    """How many symmetries a board has, that which changes nothing among them."""
+    height, width = BOXES[side]
+    rows, columns = (math.factorial(side // block) * math.factorial(block) ** (side // block) for block in BOXES[side])
+    return math.factorial(side) * rows * columns * (2 if height == width else 1)
+
+
 def _lines(count: int, side: int, block: int, rng: np.random.Generator) -> NDArray[np.int32]:
     """Permutations of `side` lines (count, side) that keep blocks of `block` lines together."""
     blocks = rng.random((count, side // block), np.float32).argsort(1)[:, :, None]
