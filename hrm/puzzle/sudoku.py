@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from hrm.puzzle.data import PuzzleSet, TextRow
+from hrm.puzzle.data import PuzzleSet, TextRow, sound_first
 from hrm.puzzle.solver import BOXES, repeats, solve
 from hrm.settings import UsageError
 
@@ -102,6 +102,9 @@ def from_rows(rows: Sequence[TextRow], *, check_unique: bool = True) -> tuple[Ra
     flaws: dict[int, str] = {}
     questions, answers = np.zeros((2, len(rows), side * side), np.uint8)
     for index, row in enumerate(rows):
+        if row.flaw is not None:
+            flaws[index] = row.flaw
+            continue
         try:
             questions[index] = _digits(row.question, "puzzle", side)
             if row.answer is not None:
@@ -170,7 +173,7 @@ def _check(
 
 def _side_of(rows: Sequence[TextRow]) -> int:
     """The side of the first board that has a size at all."""
-    for row in rows:
+    for row in sound_first(rows):
         side = math.isqrt(len(row.question.strip()))
         if side in BOXES and side * side == len(row.question.strip()):
             return side
