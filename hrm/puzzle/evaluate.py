@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -132,6 +132,7 @@ def evaluate(
     limit: int | None = None,
     rank: int = 0,
     world: int = 1,
+    told: Callable[[Tensor, Tensor, Tensor], None] | None = None,
 ) -> Evaluation:
     """Solves the puzzles and counts the right answers.
 
@@ -143,6 +144,7 @@ def evaluate(
         limit: only the first so many puzzles.
         rank: the process that this is, of `world`; each solves its share, and all are told how the whole was done.
         world: processes.
+        told: is given rows of this process (R,), their last answers (R, S) and q_halt (R,), each row once.
 
     Raises:
         UsageError: no puzzles, puzzles without answers or that the model cannot take, or a number below 1.
@@ -162,6 +164,8 @@ def evaluate(
                 exact[segment + 1 :] += (solved & ended).sum()
                 agrees = (thought.q_halt > 0) == solved
                 tally += torch.stack(((right * ended).sum(), (segment + 1) * ended.sum(), (agrees & ended).sum()))
+                if told is not None:
+                    told(indices[thought.rows[ended]], thought.answers[ended], thought.q_halt[ended])
         if world > 1:
             torch.distributed.all_reduce(exact)
             torch.distributed.all_reduce(tally)
