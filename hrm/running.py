@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from hrm.settings import UsageError
+from hrm.settings import UsageError, keys_of
 
 T = TypeVar("T")
 _parted: list[Any] = []  # process groups that are over
@@ -125,10 +125,13 @@ def run_folder(settings: Any, name: str) -> Path:
     return folder
 
 
+PATHS = ("data.path", "data.held_out_path", "data.test_path", "hrm.backbone")
+
+
 def _with_whole_paths(settings: Any) -> Any:
     """A copy in which what was named relative to the working folder is found from any other."""
     copied = copy.deepcopy(settings)
-    for key in ("data.path", "data.held_out_path", "data.test_path", "hrm.backbone"):
+    for key in PATHS:
         value = OmegaConf.select(copied, key)
         if value is not None and Path(value).exists():
             OmegaConf.update(copied, key, str(Path(value).resolve()))
@@ -170,6 +173,41 @@ def check_unchanged(before: Mapping[str, str], now: Mapping[str, str], names: Ma
     for key, digest in before.items():
         if now.get(key) != digest:
             raise UsageError(f"{names[key]} not what the run in {folder} was started with; it cannot go on")
+
+
+NOT_RECORDED = ("run.", "train.prometheus_port", "train.report_to")  # where a run stands, and who watches it
+
+
+def recorded(settings: Any) -> dict[str, Any]:
+    """What a checkpoint says of the settings of its run, by key and for JSON; `settings` as of `hrm train`."""
+    if settings.run.resume is None:  # else they are those of its config.yaml
+        settings = _with_whole_paths(settings)
+    schema = OmegaConf.get_type(settings)
+    assert schema is not None
+    names = [key.name for key in keys_of(schema) if not key.name.startswith(NOT_RECORDED)]
+    values = {name: OmegaConf.select(settings, name) for name in names}
+    return {k: OmegaConf.to_container(v) if OmegaConf.is_config(v) else v for k, v in values.items()}
+
+
+def check_settings(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
+    """That a run goes on with the settings that it was started with.
+
+    Args:
+        before: `recorded` in its checkpoint.
+        now: `recorded` of its config.yaml; what is no longer where it was may be named anew, since `check_unchanged`
+            compares what is trained with what it was.
+        folder: of the run.
+
+    Raises:
+        UsageError: one has changed; the message names it.
+    """
+    for key, value in before.items():
+        moved = key in PATHS and value is not None and not Path(value).exists()
+        if now.get(key) != value and not moved:
+            raise UsageError(
+                f"{key} is {now.get(key)!r} in {folder / 'config.yaml'}; it should be {value!r}, as the run was "
+                "started with"
+            )
 
 
 class StopOnInterrupt:

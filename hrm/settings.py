@@ -451,9 +451,9 @@ def check_training(settings: Any, processes: int = 1) -> None:
     port = "from 0 (any free one) to 65535, or null"
     require(settings, "train.prometheus_port", lambda value: value is None or 0 <= value <= 65535, port)
     require(settings, "train.warmup", lambda value: 0 <= value < 1, "from 0 to below 1")
-    require(settings, "train.weight_decay", lambda value: 0 <= value < math.inf, "a finite number, at least 0")
-    for name in ("train.plateau_tolerance", "eval.shots"):
-        require(settings, name, lambda value: value >= 0, "at least 0")
+    for name in ("train.weight_decay", "train.plateau_tolerance"):
+        require(settings, name, lambda value: 0 <= value < math.inf, "a finite number, at least 0")
+    require(settings, "eval.shots", lambda value: value >= 0, "at least 0")
     require(settings, "hrm.quantize", lambda value: value in (None, "nf4"), '"nf4" or null')
     require(settings, "train.depth", is_depth, "[[share, h_cycles, l_steps], ...] with rising shares below 1")
     for name, choices in CHOICES.items():
@@ -520,7 +520,7 @@ def _check_update(settings: Any) -> None:
 def check_generation(settings: Any) -> None:
     """Raises a UsageError that names the first key of `hrm generate` whose value makes no sense."""
     require(settings, "max_new_tokens", lambda value: value >= 1, "at least 1")
-    require(settings, "temperature", lambda value: value >= 0, "at least 0")
+    require(settings, "temperature", lambda value: 0 <= value < math.inf, "a finite number, at least 0")
     require(settings, "seed", lambda value: 0 <= value < 2**32, "from 0 to 4294967295")
     require(settings, "hrm.segments", lambda value: value is None or value >= 1, "at least 1, or null")
     require(settings, "hrm.fused", lambda value: value in (True, False, "auto"), "true, false or auto")

@@ -32,6 +32,7 @@ from hrm.running import (
     locked,
     on_each,
     on_first,
+    recorded,
     run_folder,
 )
 from hrm.runs import METRICS, append_line
@@ -295,7 +296,7 @@ def train(job: Job, run: Run, console: Console, callbacks: Sequence[TrainerCallb
         try:
             trainer = HRMTrainer(
                 job.model, job.rows, train, run.folder, pad=job.tokenizer.pad_token_id, steps=job.steps,
-                callbacks=[JsonlCallback(run.folder / METRICS), bar, *callbacks],
+                callbacks=[JsonlCallback(run.folder / METRICS), bar, *callbacks], recorded=recorded(job.settings),
             )  # fmt: skip
             trainer.add_callback(StopWhenAsked(stop, trainer.repeats))
             saved = checkpoints(run.folder)

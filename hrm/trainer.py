@@ -7,7 +7,7 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,13 +50,15 @@ class HRMTrainer(Trainer):
         pad: token id that fills rows up.
         steps: optimizer steps.
         callbacks: see `hrm.monitor`.
+        recorded: of the run's settings (`hrm.running.recorded`); a checkpoint of others is refused.
     """
 
     def __init__(
         self, model: HRMGemmaForCausalLM, rows: Sequence[Encoded], settings: Any, folder: Path, *, pad: int, steps: int,
-        callbacks: Iterable[TrainerCallback] = (),
+        callbacks: Iterable[TrainerCallback] = (), recorded: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         self.core_model, self.rows, self.settings, self.folder, self.pad = model, rows, settings, folder, pad
+        self.recorded = dict(recorded or {})
         core = model.hrm.config
         self.full_depth = replace(core)
         self.segments = core.max_segments if core.act else core.segments
@@ -300,6 +302,7 @@ class HRMTrainer(Trainer):
         return {
             "skipped": self.skipped, "micro_batch": self.micro_batch, "growth": self.growth.state(),
             "identity": self.identity, "measured": self._seen.state(self._sum_over_processes),
+            "settings": self.recorded,
         }  # fmt: skip
 
     def load_progress(self, progress: dict[str, Any]) -> None:
@@ -336,7 +339,7 @@ class HRMTrainer(Trainer):
             raise TrainingError(self._no_way_on())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        check_training(Path(resume_from_checkpoint))
+        check_training(self, Path(resume_from_checkpoint))
         whole = self.core_model if model is None else model
         load_weights(Path(resume_from_checkpoint), whole)
 

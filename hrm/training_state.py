@@ -4,7 +4,7 @@
     optimizer.safetensors  its tensors by parameter; numbers are in optimizer.json
     trainer_state.json     the Trainer's own: step, epoch; what was logged is the run's metrics.jsonl
     progress.json          schedule, curriculum, counters, what was measured since the last line of metrics.jsonl,
-                           digests of data and backbone, number of processes
+                           settings, digests of data and backbone, number of processes
     rank-<r>.safetensors   of each process: replay buffer and generators; numbers of these in rank-<r>.json
     manifest.json          SHA-256 of each file
 
@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
-from hrm.running import on_each, on_first
+from hrm.running import check_settings, on_each, on_first
 from hrm.saving import (
     check_manifest,
     new_place,
@@ -79,9 +79,11 @@ def save_training(trainer: HRMTrainer, folder: Path) -> None:
         raise
 
 
-def check_training(folder: Path) -> None:
-    """Raises a UsageError that names the file of a checkpoint that is missing or damaged."""
+def check_training(trainer: HRMTrainer, folder: Path) -> None:
+    """Raises a UsageError that names the file of a checkpoint that is missing or damaged, or a setting that is not what
+    the run was started with."""
     check_manifest(folder)
+    check_settings(read_json(folder / PROGRESS, ("settings",))["settings"], trainer.recorded, trainer.folder)
 
 
 def load_weights(folder: Path, model: torch.nn.Module) -> None:

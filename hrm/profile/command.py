@@ -5,6 +5,7 @@ What plans and measures is imported where it is used: the command line's start n
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -129,7 +130,8 @@ def _check(settings: Any) -> None:
     for name in ("data.max_length", "train.batch_size"):
         require(settings, name, lambda value: value >= 1, "at least 1")
     require(settings, "train.micro_batch", lambda value: value is None or value >= 1, "at least 1, or null")
-    require(settings, "gpu_gb", lambda value: value is None or value > 0, "above 0, or null")
+    finite = "a finite number above 0, or null"
+    require(settings, "gpu_gb", lambda value: value is None or 0 < value < math.inf, finite)
     for name in ("train.optimizer", "train.update_every"):
         require(settings, name, lambda value, name=name: value in CHOICES[name], " or ".join(CHOICES[name]))
 

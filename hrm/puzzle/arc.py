@@ -246,6 +246,11 @@ class Answers(NamedTuple):
     truth: Grid
 
 
+def can_vote(puzzles: PuzzleSet) -> bool:
+    """Whether these are puzzles of ARC that say by their names whose copies they are, as those of `build`."""
+    return puzzles.task == "arc" and puzzles.side == (SIDE, SIDE) and bool(puzzles.names)
+
+
 def vote(
     puzzles: PuzzleSet, predictions: NDArray[np.integer], confidence: NDArray[np.floating] | None = None, best: int = 2
 ) -> list[Answers]:

@@ -151,7 +151,7 @@ def _read(settings: Any, say: Callable[[str], None]) -> Rated:
         raise UsageError(f"{path} has no rows of at least min_rating = {settings.min_rating}")
     if settings.size is not None:  # before the checks, which take long for millions of rows
         rows = _drawn(rows, settings.size + settings.held_out, settings.seed)
-    if (settings.task or guess_task(rows[0].question)) == "maze":
+    if (settings.task or guess_task(rows)) == "maze":
         puzzles, refused = maze.from_rows(rows)
         rated = Rated(puzzles, None)
     else:

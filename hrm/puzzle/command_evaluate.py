@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from hrm.puzzle.data import load_puzzles
+from hrm.puzzle import arc
+from hrm.puzzle.data import PuzzleSet, load_puzzles
 from hrm.puzzle.evaluate import check_fit, check_votes, evaluate, vote
 from hrm.puzzle.saving import load_model
 from hrm.settings import UsageError, require
@@ -29,7 +32,8 @@ class EvaluateSettings:
     halting: bool = False
     """Take each puzzle's answer where its Q head halts, and spare the rest."""
     votes: int = 1
-    """Above 1: also solve so many symmetric copies of each puzzle, and let them vote; of mazes, let the surest win."""
+    """Above 1: also solve so many symmetric copies of each puzzle, and let them vote; of mazes, which have eight, let
+    the surest win."""
     limit: int | None = None
     """Only the first so many puzzles."""
     batch_size: int = 768
@@ -61,11 +65,15 @@ def evaluate_puzzles(settings: Any) -> None:
     if settings.output is not None:
         _write(Path(settings.output), "", "a")
     how = {name: settings[name] for name in ("batch_size", "segments", "halting", "limit")}
-    found = evaluate(model, puzzles, **how)
+    kept = _Kept(puzzles.subset(slice(settings.limit))) if arc.can_vote(puzzles) else None
+    found = evaluate(model, puzzles, **how, told=kept)
     results = dataclasses.asdict(found)
     print(f"{found.exact:.2%} of {found.count} puzzles right, {found.cells:.2%} of the cells, in {found.seconds:.1f} s")
     print(f"segments: {found.segments_used:.2f} on average; Q head right about its answer: {found.halt_accuracy:.2%}")
     print("right after each segment: " + ", ".join(f"{share:.1%}" for share in found.by_segment))
+    if kept is not None:
+        results["two_answers"] = kept.score()
+        print(f"ARC's measure, two answers a test input by votes of its copies: {results['two_answers']:.2%}")
     if settings.votes > 1:
         votes = vote(model, puzzles, votes=settings.votes, seed=settings.seed, **how)
         results["votes"] = dataclasses.asdict(votes)
@@ -73,6 +81,21 @@ def evaluate_puzzles(settings: Any) -> None:
         print(f"{what} by 1, 2, ... votes:  " + ", ".join(f"{share:.1%}" for share in votes.exact))
     if settings.output is not None:
         _write(Path(settings.output), json.dumps(results, indent=1) + "\n", "w")
+
+
+class _Kept:
+    """What a model answered to puzzles of ARC."""
+
+    def __init__(self, puzzles: PuzzleSet) -> None:
+        self._puzzles, self._answers = puzzles, np.zeros_like(puzzles.inputs)
+        self._q_halt = np.zeros(len(puzzles), np.float32)
+
+    def __call__(self, rows: Tensor, answers: Tensor, q_halt: Tensor) -> None:
+        self._answers[rows.cpu().numpy()] = answers.byte().cpu().numpy()
+        self._q_halt[rows.cpu().numpy()] = q_halt.cpu().numpy()
+
+    def score(self) -> float:
+        return arc.score(arc.vote(self._puzzles, self._answers, self._q_halt))
 
 
 def _write(path: Path, text: str, mode: str) -> None:

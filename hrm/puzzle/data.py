@@ -183,9 +183,12 @@ class TextRow(NamedTuple):
     question: str
     answer: str | None
     rating: int | None
+    flaw: str | None = None  # why the row is refused, whatever puzzle it holds
 
 
-def load_puzzles(path: str | os.PathLike[str], task: str | None = None, *, check_unique: bool = True) -> PuzzleSet:
+def load_puzzles(
+    path: str | os.PathLike[str], task: str | None = None, *, check_unique: bool = True, answered: bool = True
+) -> PuzzleSet:
     """The puzzles of a .npz, .csv or .txt file, every one checked.
 
     Args:
@@ -194,6 +197,7 @@ def load_puzzles(path: str | os.PathLike[str], task: str | None = None, *, check
         task: "sudoku" or "maze"; None: as the file says, or by the symbols of its first row. A `PuzzleSet` of another
             task than this is refused.
         check_unique: whether sudokus of which the file has the answer are searched for a second one.
+        answered: whether the rows of a .csv have to have answers, so that no misspelt column goes unnoticed.
 
     Raises:
         UsageError: no such file, a puzzle that is not as it should be; with file and line number.
@@ -204,10 +208,10 @@ def load_puzzles(path: str | os.PathLike[str], task: str | None = None, *, check
     if path.suffix == ".npz":
         puzzles, _, refused = read_set(path, task, check_unique)
         return _unless_refused(puzzles, refused)
-    rows = list(read_rows(path))
+    rows = list(read_rows(path, answered))
     if not rows:
         raise UsageError(f"{path} has no rows")
-    if (task or guess_task(rows[0].question)) == "maze":
+    if (task or guess_task(rows)) == "maze":
         puzzles, refused = maze.from_rows(rows)
     else:
         rated, refused = sudoku.from_rows(rows, check_unique=check_unique)
@@ -249,16 +253,22 @@ def _unless_refused(puzzles: PuzzleSet, refused: Sequence[str]) -> PuzzleSet:
     return puzzles
 
 
-def guess_task(question: str) -> str:
-    """The task that a question in text belongs to: only mazes have walls."""
-    return "maze" if "#" in question else "sudoku"
+def guess_task(rows: Sequence[TextRow]) -> str:
+    """The task that the first row belongs to, a refused one only where all are: only mazes have walls."""
+    return "maze" if "#" in sound_first(rows)[0].question else "sudoku"
 
 
-def read_rows(path: Path) -> Iterator[TextRow]:
+def sound_first(rows: Sequence[TextRow]) -> list[TextRow]:
+    """The rows in their order, those with a flaw last: what is told of all rows should not be read off these."""
+    return sorted(rows, key=lambda row: row.flaw is not None)
+
+
+def read_rows(path: Path, answered: bool = True) -> Iterator[TextRow]:
     """The rows of a .csv or .txt file; empty lines are passed over.
 
     Raises:
-        UsageError: no such file, no text, or a row without question or answer; with file and line number.
+        UsageError: no such file, no text, or a .csv without the column question or, `answered`, answer; with file and
+            line number.
     """
     if not path.is_file():
         raise UsageError(f"{path} is no file")
@@ -272,25 +282,27 @@ def read_rows(path: Path) -> Iterator[TextRow]:
     reader = csv.DictReader(lines)
     try:
         for row in reader:
-            yield text_row(row, f"{path}:{reader.line_num}")
+            yield text_row(row, f"{path}:{reader.line_num}", answered)
     except csv.Error as error:  # a quotation mark that nothing closes, until the field is too long
         raise UsageError(f"{path}:{reader.line_num}: cannot be read as CSV ({error})") from error
 
 
-def text_row(row: dict[str, str | None], source: str) -> TextRow:
+def text_row(row: dict[str, str | None], source: str, answered: bool = True) -> TextRow:
     """A row with the columns question, answer and, if there, rating; errors as in `read_rows`."""
-    for column in ("question", "answer"):
-        if column in row and row[column] is None:
-            raise UsageError(f"{source}: the row ends before {column!r}")
-        if not isinstance(row.get(column), str):
+    needed = ("question", "answer") if answered else ("question",)
+    for column in needed:
+        if column not in row:
             there = ", ".join(str(name) for name in row if name is not None)
             raise UsageError(f"{source}: no {column!r}; it has {there or 'no columns'}")
-    rating = row.get("rating")
+    missing = [column for column in needed if row[column] is None]
+    flaw = f"the row ends before {missing[0]!r}" if missing else None
+    rating, number = row.get("rating"), None
     try:
         number = None if rating in (None, "") else int(rating)  # type: ignore[arg-type]
-    except ValueError as error:
-        raise UsageError(f"{source}: 'rating' is {rating!r}; it should be a whole number") from error
-    return TextRow(source, row["question"] or "", row["answer"] or "", number)
+    except ValueError:
+        flaw = f"'rating' is {rating!r}; it should be a whole number"
+    answer = row.get("answer") or ("" if answered else None)
+    return TextRow(source, row["question"] or "", answer, number, flaw)
 
 
 # ------------------------------------------------------------------------------------------------ batches

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -131,6 +132,7 @@ def evaluate(
     limit: int | None = None,
     rank: int = 0,
     world: int = 1,
+    told: Callable[[Tensor, Tensor, Tensor], None] | None = None,
 ) -> Evaluation:
     """Solves the puzzles and counts the right answers.
 
@@ -142,6 +144,7 @@ def evaluate(
         limit: only the first so many puzzles.
         rank: the process that this is, of `world`; each solves its share, and all are told how the whole was done.
         world: processes.
+        told: is given rows of this process (R,), their last answers (R, S) and q_halt (R,), each row once.
 
     Raises:
         UsageError: no puzzles, puzzles without answers or that the model cannot take, or a number below 1.
@@ -161,6 +164,8 @@ def evaluate(
                 exact[segment + 1 :] += (solved & ended).sum()
                 agrees = (thought.q_halt > 0) == solved
                 tally += torch.stack(((right * ended).sum(), (segment + 1) * ended.sum(), (agrees & ended).sum()))
+                if told is not None:
+                    told(indices[thought.rows[ended]], thought.answers[ended], thought.q_halt[ended])
         if world > 1:
             torch.distributed.all_reduce(exact)
             torch.distributed.all_reduce(tally)
@@ -222,7 +227,7 @@ def vote(
 
     Args:
         puzzles: as in `evaluate`, as are batch_size, segments, halting and limit.
-        votes: runs; the first is on the puzzle as it is.
+        votes: runs; the first is on the puzzle as it is. Without noise at most as many as `copies_of` says.
         seed: of all that is drawn; the same seed gives the same result for any batch size.
         views: every later run sees each puzzle through a symmetry (the training's; none for ARC).
         noise: standard deviation of what is added to the initial states of a later run, where they have about 1.
@@ -285,6 +290,13 @@ def view_of(puzzles: PuzzleSet, count: int, seed: int, number: int, device: torc
         order = np.concatenate(([0], np.random.default_rng(seed).permutation(len(symmetries) - 1) + 1))
         cells = np.tile(symmetries[order[number % len(order)]], (count, 1))
     return View(*(torch.from_numpy(a).to(device) for a in (cells.astype(np.int16), symbols.astype(np.uint8))))
+
+
+def copies_of(puzzles: PuzzleSet) -> int:
+    """How many different views a puzzle of Sudoku or a maze has at most, the puzzle as it is among them."""
+    if puzzles.task == "sudoku":
+        return sudoku.count_symmetries(puzzles.side[0])
+    return len(maze.symmetries(puzzles.side))
 
 
 def noise_of(model: PuzzleModel, std: float, seed: int, number: int) -> Noise | None:
@@ -352,13 +364,15 @@ def check_votes(
         raise UsageError(f"votes is {votes}; it should be at least 1")
     if choose not in ("majority", "confidence"):
         raise UsageError(f"choose is {choose!r}; it should be 'majority' or 'confidence'")
-    if noise < 0:
-        raise UsageError(f"noise is {noise}; it should be at least 0")
+    if not 0 <= noise < math.inf:
+        raise UsageError(f"noise is {noise}; it should be a finite number, at least 0")
     if votes > 1 and views and puzzles.task == "arc":
         raise UsageError(
             f"votes is {votes}; it should be 1, or views False, for the task 'arc', whose symmetric copies are puzzles "
             "of their own"
         )
+    if views and noise == 0 and votes > (most := copies_of(puzzles)):
+        raise UsageError(f"votes is {votes}; it should be at most {most}, the symmetric copies of a puzzle and itself")
     if votes > 1 and views and puzzles.task == "maze" and choose == "majority":
         raise UsageError(
             "choose is 'majority'; it should be 'confidence' for mazes, whose turned copies have other ways"

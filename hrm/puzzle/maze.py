@@ -17,7 +17,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from hrm.puzzle.data import PuzzleSet, TextRow
+from hrm.puzzle.data import PuzzleSet, TextRow, sound_first
 from hrm.room import check_room
 from hrm.settings import UsageError
 
@@ -197,6 +197,9 @@ def from_rows(rows: Sequence[TextRow]) -> tuple[PuzzleSet, list[str]]:
     inputs, labels = np.zeros((2, len(rows), length), np.uint8)
     flaws: dict[int, str] = {}
     for index, row in enumerate(rows):
+        if row.flaw is not None:
+            flaws[index] = row.flaw
+            continue
         try:
             inputs[index] = _ids(row.question, "maze", length)
             if row.answer is not None:
@@ -210,7 +213,7 @@ def from_rows(rows: Sequence[TextRow]) -> tuple[PuzzleSet, list[str]]:
 
 def _side_of(rows: Sequence[TextRow]) -> int:
     """The side of the first maze that is a square."""
-    for row in rows:
+    for row in sound_first(rows):
         side = math.isqrt(len(row.question))
         if side >= 2 and side * side == len(row.question):
             return side

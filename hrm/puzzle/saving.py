@@ -85,4 +85,4 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         UsageError: a file is missing, damaged, or of another version; the message names it.
     """
     check_manifest(folder)
-    return read_tensors(folder / STATE), read_json(folder / PROGRESS, ("step", "seconds", "identity"))
+    return read_tensors(folder / STATE), read_json(folder / PROGRESS, ("step", "seconds", "identity", "settings"))

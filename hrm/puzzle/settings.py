@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -161,15 +162,10 @@ def check_puzzle_training(settings: Any) -> None:
                  "train.log_every", "eval.batch_size"):  # fmt: skip
         require(settings, name, lambda value: value >= 1, "at least 1")
     for name in ("train.lr", "train.embedding_lr"):
-        require(settings, name, lambda value: value > 0, "above 0")
-    for name in (
-        "train.warmup_steps",
-        "train.weight_decay",
-        "train.embedding_weight_decay",
-        "train.clip",
-        "train.seed",
-        "eval.every",
-    ):
+        require(settings, name, lambda value: 0 < value < math.inf, "a finite number above 0")
+    for name in ("train.weight_decay", "train.embedding_weight_decay", "train.clip"):
+        require(settings, name, lambda value: 0 <= value < math.inf, "a finite number, at least 0")
+    for name in ("train.warmup_steps", "train.seed", "eval.every"):
         require(settings, name, lambda value: value >= 0, "at least 0")
     if settings.data.test_path is not None and settings.data.path is None:
         where = f"data.test_path is {settings.data.test_path!r} and data.path null"

@@ -32,7 +32,8 @@ class SolveSettings:
     """Keys of `hrm solve`."""
 
     path: str | None = None
-    """File of puzzles, one a line (.txt), .csv or .npz; - or null: one a line from standard input."""
+    """File of puzzles, one a line (.txt), .csv or .npz, which need no answers; - or null: one a line from standard
+    input."""
     run: str | None = None
     """Run folder or model folder."""
     segments: int | None = None
@@ -89,7 +90,7 @@ def solve(settings: Any, lines: TextIO | None = None, console: Console | None = 
     if from_lines and lines is None and sys.stdin.isatty():
         print(f"One {task} a line; Ctrl-D ends.", file=sys.stderr)
     chunks = _from_lines(lines or sys.stdin, task) if from_lines else _from_file(Path(settings.path), task)
-    count, solved, started = 0, 0, time.perf_counter()
+    count, verdicts, started = 0, list[bool](), time.perf_counter()
     with thinking(model, settings.segments, settings.halting) as thinker:
         for source, puzzles in chunks:
             check_votes(puzzles, settings.votes)
@@ -99,7 +100,8 @@ def solve(settings: Any, lines: TextIO | None = None, console: Console | None = 
                 raise UsageError(f"{source}: {error}") from error
             for index, solution in enumerate(found):
                 verdict = judge(puzzles, index, solution.answer)
-                count, solved = count + 1, solved + bool(verdict.solved)
+                count += 1
+                verdicts += [] if verdict.solved is None else [verdict.solved]
                 if count == 1 and settings.picture:
                     _draw(Path(settings.picture), puzzles, solution)
                 if settings.quiet:
@@ -108,8 +110,15 @@ def solve(settings: Any, lines: TextIO | None = None, console: Console | None = 
                     _show(console, puzzles, index, solution, verdict, count, settings)
     _print(
         Console(stderr=True) if settings.quiet else console,
-        f"{solved} of {count} puzzle{'s' * (count != 1)} solved in {time.perf_counter() - started:.1f} s",
+        f"{_outcome(count, verdicts)} in {time.perf_counter() - started:.1f} s",
     )
+
+
+def _outcome(count: int, verdicts: Sequence[bool]) -> str:
+    """How many puzzles were solved, of those that there is something to judge by."""
+    if count and not verdicts:
+        return f"{count} puzzle{'s' * (count != 1)} answered"
+    return f"{sum(verdicts)} of {len(verdicts)} puzzle{'s' * (len(verdicts) != 1)} solved"
 
 
 def check_solving(settings: Any) -> None:
@@ -153,7 +162,7 @@ def solutions(thinker: Thinker, puzzles: PuzzleSet, votes: int = 1, seed: int = 
 
 def _from_file(path: Path, task: str) -> Iterator[tuple[str, PuzzleSet]]:
     """Several puzzles at a time, and where they stand."""
-    puzzles = load_puzzles(path, task, check_unique=False)
+    puzzles = load_puzzles(path, task, check_unique=False, answered=False)
     for start in range(0, len(puzzles), TOGETHER):
         yield str(path), puzzles.subset(slice(start, start + TOGETHER))
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from hrm.puzzle.data import PuzzleSet, TextRow
+from hrm.puzzle.data import PuzzleSet, TextRow, sound_first
 from hrm.puzzle.solver import BOXES, repeats, solve
 from hrm.settings import UsageError
 
@@ -71,6 +71,13 @@ class SudokuAugmenter:
         return cells.reshape(count, self._side**2)
 
 
+def count_symmetries(side: int) -> int:
+    """How many symmetries a board has, that which changes nothing among them."""
+    height, width = BOXES[side]
+    rows, columns = (math.factorial(side // block) * math.factorial(block) ** (side // block) for block in BOXES[side])
+    return math.factorial(side) * rows * columns * (2 if height == width else 1)
+
+
 def _lines(count: int, side: int, block: int, rng: np.random.Generator) -> NDArray[np.int32]:
     """Permutations of `side` lines (count, side) that keep blocks of `block` lines together."""
     blocks = rng.random((count, side // block), np.float32).argsort(1)[:, :, None]
@@ -95,6 +102,9 @@ def from_rows(rows: Sequence[TextRow], *, check_unique: bool = True) -> tuple[Ra
     flaws: dict[int, str] = {}
     questions, answers = np.zeros((2, len(rows), side * side), np.uint8)
     for index, row in enumerate(rows):
+        if row.flaw is not None:
+            flaws[index] = row.flaw
+            continue
         try:
             questions[index] = _digits(row.question, "puzzle", side)
             if row.answer is not None:
@@ -163,7 +173,7 @@ def _check(
 
 def _side_of(rows: Sequence[TextRow]) -> int:
     """The side of the first board that has a size at all."""
-    for row in rows:
+    for row in sound_first(rows):
         side = math.isqrt(len(row.question.strip()))
         if side in BOXES and side * side == len(row.question.strip()):
             return side

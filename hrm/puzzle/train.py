@@ -31,12 +31,14 @@ from hrm.running import (
     Interrupted,
     StopOnInterrupt,
     TrainingError,
+    check_settings,
     check_unchanged,
     joined_processes,
     locked,
     on_first,
     peak_memory,
     progress_bar,
+    recorded,
     run_folder,
 )
 from hrm.runs import METRICS, forget_after
@@ -130,6 +132,7 @@ class PuzzleRun:
         self, settings: Any, training: PuzzleSet, test: PuzzleSet | None, console: Console, processes: PartialState
     ) -> None:
         self.settings, self.training, self.test = settings, training, test
+        self.recorded = recorded(settings)
         self.console, self.processes = console, processes
         share = {"rank": processes.process_index, "world": processes.num_processes}
         self.identity = {"training": training.digest(), "test": "" if test is None else test.digest()}
@@ -163,7 +166,7 @@ class PuzzleRun:
         """Puts the newest checkpoint back where there is one, and says what is trained.
 
         Raises:
-            UsageError: the checkpoint is damaged, or of another model or other puzzles.
+            UsageError: the checkpoint is damaged, or of other settings, another model or other puzzles.
             TrainingError: the processes have different weights.
         """
         if self.settings.run.resume is not None:
@@ -282,7 +285,8 @@ class PuzzleRun:
         on_first(self.processes, lambda: self._write(state))
 
     def _write(self, state: Mapping[str, Tensor]) -> None:
-        save_checkpoint(self.folder, self.step, state, {"seconds": self.seconds, "identity": self.identity})
+        progress = {"seconds": self.seconds, "identity": self.identity, "settings": self.recorded}
+        save_checkpoint(self.folder, self.step, state, progress)
         self._write_model()
 
     def _write_model(self) -> None:
@@ -322,6 +326,7 @@ class PuzzleRun:
             self._forget_after(0)
             return
         state, progress = load_checkpoint(saved[-1])
+        check_settings(progress["settings"], self.recorded, self.folder)
         data = self.settings.data
         names = {"training": _called("training", data.path), "test": _called("test", data.test_path)}
         check_unchanged(progress["identity"], self.identity, names, self.folder)

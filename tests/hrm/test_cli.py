@@ -167,7 +167,8 @@ def test_training_without_a_backbone(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("temperature=-1", "temperature is -1.0; it should be at least 0"),
+        ("temperature=-1", "temperature is -1.0; it should be a finite number, at least 0"),
+        ("temperature=.inf", "temperature is inf; it should be a finite number, at least 0"),
         ("max_new_tokens=0", "max_new_tokens is 0; it should be at least 1"),
         ("seed=-1", "seed is -1; it should be from 0 to 4294967295"),
         ("hrm.segments=0", "hrm.segments is 0; it should be at least 1, or null"),

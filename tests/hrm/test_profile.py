@@ -306,8 +306,9 @@ def test_what_cannot_be_planned_is_said(tmp_path: Path, monkeypatch: pytest.Monk
         shown(f"hrm.backbone={tmp_path}")
     with pytest.raises(UsageError, match=r"train.micro_batch is 0; it should be at least 1, or null"):
         shown(f"hrm.backbone={tmp_path}", "train.micro_batch=0")
-    with pytest.raises(UsageError, match=r"gpu_gb is -1\.0; it should be above 0"):
-        shown(f"hrm.backbone={tmp_path}", "gpu_gb=-1")
+    for given, was in (("-1", r"-1\.0"), ("inf", "inf")):
+        with pytest.raises(UsageError, match=f"gpu_gb is {was}; it should be a finite number above 0, or null"):
+            shown(f"hrm.backbone={tmp_path}", f"gpu_gb={given}")
 
 
 def test_a_config_without_a_models_fields_is_named() -> None:

@@ -478,8 +478,6 @@ def test_what_cannot_be_gone_on_with(settings: Load, tmp_path: Path) -> None:
 def test_other_data_or_another_backbone_are_refused(settings: Load, tmp_path: Path, backbone: Path) -> None:
     copied = shutil.copytree(backbone, tmp_path / "backbone")
     folder = run(settings("train.steps=1", f"hrm.backbone={copied}"))
-    config = (folder / "config.yaml").read_text()
-    (folder / "config.yaml").write_text(config.replace("\n  steps: 1\n", "\n  steps: 3\n"))
     rows = (tmp_path / "rows.jsonl").read_text()
     (tmp_path / "rows.jsonl").write_text(rows.replace("yes", "yea", 1))
     with pytest.raises(UsageError, match=r"training data are not what the run .* was started with"):
@@ -489,6 +487,22 @@ def test_other_data_or_another_backbone_are_refused(settings: Load, tmp_path: Pa
     save_file({name: tensor + 1 for name, tensor in weights.items()}, copied / "model.safetensors", {"format": "pt"})
     with pytest.raises(UsageError, match=r"backbone is not what the run"):
         resume(folder)
+
+
+def test_settings_that_were_edited_are_refused_by_name(settings: Load) -> None:
+    folder = run(settings("train.steps=1"))
+    config = (folder / "config.yaml").read_text()
+    for old, new, message in (
+        ("  seed: 0\n", "  seed: 5\n", r"^train.seed is 5 in .*config.yaml; it should be 0, as the run was started"),
+        ("  d_l: 32\n", "  d_l: 64\n", r"^hrm.d_l is 64 in .*config.yaml; it should be 32"),
+        ("task_options: {}", "task_options: {max_depth: 2}", r"^data.task_options is {'max_depth': 2} in .*be {}"),
+    ):
+        (folder / "config.yaml").write_text(config.replace(old, new))
+        assert config.count(old) == 1
+        with pytest.raises(UsageError, match=message):
+            resume(folder)
+    (folder / "config.yaml").write_text(config.replace("prometheus_port: null", "prometheus_port: 0"))
+    resume(folder)
 
 
 def test_a_folder_is_trained_into_by_one_process(settings: Load) -> None:
@@ -523,6 +537,9 @@ def test_nothing_in_a_checkpoint_is_pickled(settings: Load) -> None:
         ("train.depth=5", "a list"),
         ("train.epochs=.inf", "train.epochs"),
         ("train.core_lr=.inf", "train.core_lr"),
+        ("train.adapter_lr=inf", "train.adapter_lr is inf; it should be a finite number above 0"),
+        ("train.clip=.nan", "train.clip is nan; it should be a finite number above 0"),
+        ("train.plateau_tolerance=inf", "train.plateau_tolerance is inf; it should be a finite number, at least 0"),
         ("train.seed=-1", "train.seed"),
         ("train.prometheus_port=99999", "train.prometheus_port is 99999"),
         ("train.optimizer=sgd", "adamw or adamw_8bit"),

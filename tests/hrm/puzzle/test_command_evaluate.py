@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from hrm.cli import main
-from hrm.puzzle import PuzzleConfig, PuzzleModel
+from hrm.puzzle import PuzzleConfig, PuzzleModel, arc
 from hrm.puzzle.data import PuzzleSet
-from hrm.puzzle.evaluate import evaluate, vote
+from hrm.puzzle.evaluate import evaluate, predict, vote
 from hrm.puzzle.saving import load_model, save_model
 from hrm.puzzle.sudoku import generate
 
@@ -54,6 +54,31 @@ def test_puzzles_beyond_the_limit_need_no_answer(tmp_path: Path) -> None:
     words = ["evaluate", f"run={tmp_path}", f"path={tmp_path / 'grids.npz'}"]
     assert main([*words, "limit=2"]) == 0
     assert main(words) == 2
+
+
+@pytest.mark.parametrize("halting", [False, True])
+def test_arc_is_also_scored_by_two_answers(halting: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    config = PuzzleConfig(vocab_size=12, seq_len=900, hidden_size=16, num_heads=2, expansion=1.0, l_layers=1,
+                          h_layers=1, puzzle_tokens=0, puzzle_emb_size=0, max_segments=2)  # fmt: skip
+    model, one = PuzzleModel(config), np.ones((2, 2), np.uint8)
+    tasks = [arc.Task(name, [(one, one)], [(number * one, one)]) for number, name in enumerate("abc")]
+    _, puzzles = arc.build([], tasks, 2, seed=0)
+    answers, sure = predict(model, puzzles, halting=halting)
+    first = [puzzles.names[puzzle].startswith("a") for puzzle in puzzles.puzzle_ids].index(True)
+    true = arc.unframed(answers[first])
+    for row, puzzle in enumerate(puzzles.puzzle_ids):  # what it finds for the first copy of a is right
+        name, copy = arc.copy_of(puzzles.names[puzzle])
+        if name == "a":
+            puzzles.labels[row] = arc.framed(copy.apply(true))
+    save_model(model, tmp_path / "model", {"task": "arc"})
+    puzzles.save(tmp_path / "arc.npz")
+    words = [f"run={tmp_path}", f"path={tmp_path / 'arc.npz'}", f"output={tmp_path / 'found.json'}", "batch_size=4"]
+    assert main(["evaluate", *words, f"halting={halting}"]) == 0
+    expected = arc.score(arc.vote(puzzles, answers, sure))
+    assert 0 < expected < 1
+    assert json.loads((tmp_path / "found.json").read_text())["two_answers"] == expected
+    assert f"two answers a test input by votes of its copies: {expected:.2%}\n" in capsys.readouterr().out
 
 
 def test_the_votes_halt_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

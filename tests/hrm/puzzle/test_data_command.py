@@ -92,6 +92,33 @@ def test_a_data_set_in_a_folder(run, folder):
         run(f"dataset={folder}", "split=test", "overwrite=true")
 
 
+def test_rows_that_are_cut_short_are_refused_rows(run, folder):
+    path = folder / "train.csv"
+    header, *rows = path.read_text().splitlines()
+    del rows[10]  # which has no solution
+    cut = [f"x,{HARD[:16]}", *rows[:3], "x", "x,1.2.,12.4,5,6", rows[3].rpartition(",")[0] + ",easy", *rows[4:]]
+    path.write_text("\n".join([header, *cut]) + "\n")
+    with pytest.raises(UsageError, match=r"train.csv:2: the row ends before 'answer'; 3 more rows are refused\. skip_"):
+        run(f"path={path}")
+    said, shown = run(f"path={path}", "skip_refused=true", "check_unique=false", "held_out=2")
+    assert said[:5] == [
+        f"refused: {path}:2: the row ends before 'answer'",
+        f"refused: {path}:6: the row ends before 'question'",
+        f"refused: {path}:7: the puzzle has 4 characters; it should have 16",
+        f"refused: {path}:8: 'rating' is 'easy'; it should be a whole number",
+        "4 rows refused",
+    ]
+    assert shown.side == (4, 4)
+
+
+def test_a_maze_that_is_cut_short_is_a_refused_row(run, tmp_path):
+    path = tmp_path / "mazes.csv"
+    path.write_text("question,answer\nS   \nS  ## ##G,Soo##o##G\n")
+    said, shown = run(f"path={path}", "skip_refused=true")
+    assert said[:2] == [f"refused: {path}:2: the row ends before 'answer'", "1 rows refused"]
+    assert (shown.task, len(shown)) == ("maze", 1)
+
+
 def test_a_data_set_of_the_hub(run, folder, monkeypatch):
     import huggingface_hub
 

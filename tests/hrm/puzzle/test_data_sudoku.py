@@ -317,7 +317,8 @@ def canonical(question, copies):
 def test_held_out_boards_are_no_symmetric_copies():
     shown, held_out = sudoku.generate(4, 300, 60, seed=0)
     copies = symmetric_copies(4)
-    assert len(copies) == 128
+    assert len(copies) == 128 and sudoku.count_symmetries(4) == 128 * 24  # of the digits
+    assert sudoku.count_symmetries(6) == (6 * 2**3) * (2 * 6**2) * 720  # bands of two rows, stacks of three columns
     of_shown = {canonical(q, copies) for q in shown.puzzles.inputs - np.uint8(1)}
     of_held_out = [canonical(q, copies) for q in held_out.puzzles.inputs - np.uint8(1)]
     assert (len(shown.puzzles), len(held_out.puzzles)) == (300, 60)

@@ -8,7 +8,7 @@ import torch
 
 from hrm.puzzle import PuzzleConfig, PuzzleModel, puzzle_loss
 from hrm.puzzle.data import PuzzleSet, as_batch
-from hrm.puzzle.evaluate import Ballots, evaluate, noise_of, predict, rows_of, thinking, view_of, vote
+from hrm.puzzle.evaluate import Ballots, check_votes, evaluate, noise_of, predict, rows_of, thinking, view_of, vote
 from hrm.puzzle.maze import as_puzzles, shortest_ways
 from hrm.settings import UsageError
 
@@ -370,12 +370,25 @@ def test_any_shortest_way_counts_where_turned_mazes_vote() -> None:
         vote(Pathfinder(1), puzzles, votes=2, choose="majority")
 
 
+def test_votes_are_no_more_than_there_are_copies() -> None:
+    inputs = np.tile(np.array([3, 2, 2, 4], np.uint8), (2, 1))
+    mazes = as_puzzles(inputs, shortest_ways(inputs, (2, 2))[0], (2, 2))
+    check_votes(mazes, 8)
+    check_votes(mazes, 9, noise=0.1)  # which makes them different
+    with pytest.raises(UsageError, match="votes is 9; it should be at most 8, the symmetric copies of a puzzle and"):
+        check_votes(mazes, 9)
+    check_votes(boards(), 3072)
+    with pytest.raises(UsageError, match="votes is 3073; it should be at most 3072"):
+        check_votes(boards(), 3073)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"votes": 0}, "votes is 0"),
         ({"choose": "best"}, "choose is 'best'"),
         ({"noise": -1.0}, "noise is -1.0"),
+        ({"noise": float("nan")}, "noise is nan; it should be a finite number, at least 0"),
         ({"views": False}, "all votes would be the same"),
     ],
 )

@@ -122,12 +122,27 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
         )
 
 
-def test_the_last_good_checkpoint_is_named(tmp_path: Path) -> None:
-    folder = run(tmp_path, "train.steps=4", "train.save_every=4", "train.log_every=4")
-    config = folder / "config.yaml"
-    config.write_text(config.read_text().replace("steps: 4", "steps: 8", 1).replace("lr: 0.002", "lr: 1.0e+30", 1))
+def test_the_last_good_checkpoint_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_module, "learning_rate", lambda step, settings: 1.0 if step < 4 else 1e33)
     with pytest.raises(TrainingError, match=r"last good checkpoint: .*step-00000004"):
-        resume(folder)
+        run(tmp_path, "train.steps=8", "train.save_every=4", "train.log_every=4")
+
+
+def test_settings_that_were_edited_are_refused_by_name(tmp_path: Path) -> None:
+    generate(4, 9, 0, 0)[0].puzzles.save(tmp_path / "here.npz")
+    shutil.copy(tmp_path / "here.npz", tmp_path / "copy.npz")
+    folder = run(tmp_path / "runs", f"data.path={tmp_path}/here.npz", "train.steps=2")
+    config = (folder / "config.yaml").read_text()
+    for old, new, message in (
+        ("  seed: 0\n", "  seed: 5\n", r"^train.seed is 5 in .*config.yaml; it should be 0, as the run was started"),
+        ("hidden_size: 32", "hidden_size: 64", "^hrm.hidden_size is 64 in .*; it should be 32"),
+        ("here.npz", "copy.npz", r"^data.path is '.*copy.npz' in .*; it should be '.*here.npz'"),
+    ):
+        (folder / "config.yaml").write_text(config.replace(old, new))
+        with pytest.raises(UsageError, match=message):
+            resume(folder)
+    (tmp_path / "here.npz").unlink()  # moved: the same puzzles under another name
+    resume(folder)
 
 
 def test_a_truncated_state_is_refused_by_name(tmp_path: Path) -> None:
@@ -326,6 +341,12 @@ def test_the_full_depth_comes_back_with_its_gradient() -> None:
         ("data.path=missing.csv", "missing.csv is no file"),
         ("data.test_path=test.csv", "data.test_path is 'test.csv' and data.path null; both should be files"),
         ("train.seed=-1", "train.seed is -1"),
+        ("train.lr=inf", "train.lr is inf; it should be a finite number above 0"),
+        ("train.embedding_lr=.nan", "train.embedding_lr is nan; it should be a finite number above 0"),
+        ("train.weight_decay=inf", "train.weight_decay is inf; it should be a finite number, at least 0"),
+        ("train.embedding_weight_decay=inf", "train.embedding_weight_decay is inf"),
+        ("train.clip=.inf", "train.clip is inf; it should be a finite number, at least 0"),
+        ("train.ema=.nan", "train.ema is nan"),
         ("data.easier=1.5", "data.easier is 1.5"),
         ("eval.limit=0", "eval.limit is 0"),
         ("train.stps=3", "the nearest is 'train.steps'"),

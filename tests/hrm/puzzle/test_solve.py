@@ -240,6 +240,26 @@ def test_a_dash_is_standard_input(
     assert capsys.readouterr().out == f"{ANSWER}\n"
 
 
+@pytest.mark.parametrize("text", [f"id,question\n1,{QUESTION}\n", f"question,answer\n{QUESTION},\n{QUESTION}\n"])
+def test_a_csv_needs_no_answers(text: str, solver: Path, tmp_path: Path) -> None:
+    (tmp_path / "boards.csv").write_text(text)
+    count = text.count(QUESTION)
+    assert f"{count} of {count} puzzle" in printed(solver, path=str(tmp_path / "boards.csv"))
+    (tmp_path / "boards.csv").write_text(f"puzzle,answer\n{QUESTION},{ANSWER}\n")
+    with pytest.raises(UsageError, match=r"boards.csv:2: no 'question'; it has puzzle, answer"):
+        printed(solver, path=str(tmp_path / "boards.csv"))
+
+
+def test_nothing_is_told_of_answers_that_cannot_be_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = np.array([[2] * 16, [0] * 16, [0] * 16], np.uint8)
+    count = np.zeros(3, np.int32)
+    grids = PuzzleSet("arc", np.full((3, 16), 2, np.uint8), labels, count, count, 6, (4, 4))
+    monkeypatch.setattr("hrm.puzzle.solve.load_model", lambda path: (Copier(model()), {"task": "arc"}))
+    for rows, told in (([0, 1], "1 of 1 puzzle solved in"), ([1, 2], "2 puzzles answered in")):
+        grids.subset(rows).save(tmp_path / "grids.npz")
+        assert told in printed(tmp_path, path=str(tmp_path / "grids.npz"))
+
+
 def test_several_files_are_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["solve", "a.txt", "b.txt", f"run={run}"]) == 2
     assert "solve takes one path and was given 2: a.txt, b.txt" in capsys.readouterr().err
