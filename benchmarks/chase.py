@@ -96,7 +96,8 @@ def judge(core: HRMCore, ring: Ring, options: argparse.Namespace) -> dict[int, f
     """Share of right answers to about 1,000 questions for each k."""
     found = {}
     for k in range(1, options.most + 1):
-        rows = ring.draw(1000 // options.questions, options.questions, torch.Generator().manual_seed(k), range(k, k + 1))
+        draw = torch.Generator().manual_seed(k)
+        rows = ring.draw(1000 // options.questions, options.questions, draw, range(k, k + 1))
         found[k] = round((ring.scores(core, rows.x).argmax(-1) == rows.answers).double().mean().item(), 3)
     return found
 

@@ -51,19 +51,18 @@ class Arm:
     """What one arm trains."""
 
     core: dict[str, Any] | None  # in place of the default core's; None: the core is not run
-    ramp: tuple[tuple[float, int, int], ...] = ()
-    full: bool = False  # whether all cycles and steps carry gradient, whatever N and T are
+    reach: str = "step"  # of the gradient: the last step, the last cycle, or all
+    ramp: bool = False  # whether depth grows in the first half of the time
 
 
-RAMP = ((0.25, 1, 2), (0.5, 2, 4))
 ACT = {"act": True, "max_segments": 4, "exploration": 0.2, "segments": 1}
 ARMS = {
     "lora": Arm(None),
     "control": Arm({"h_cycles": 1, "l_steps": 1}),
     "one-step": Arm({}),
-    "ramp": Arm({"grad_l_steps": 4}, RAMP),
-    "full": Arm({}, full=True),
-    "segments": Arm({"grad_l_steps": 4, **ACT}, RAMP),
+    "ramp": Arm({}, "cycle", ramp=True),
+    "full": Arm({}, "all"),
+    "segments": Arm(ACT, "cycle", ramp=True),
 }
 NOT_KEPT = ("output", "plot", "merge", "backbone")
 CORE = {"d_l": 1280, "d_h": 1280, "h_cycles": 4, "l_steps": 4}
@@ -106,7 +105,8 @@ class Batches:
     def __iter__(self) -> Iterator[Tensor]:
         """The places of `size` rows each, on the CPU: every row once before any comes again, without end."""
         while True:
-            yield from torch.randperm(len(self.ids), generator=self._draw).split(self.size)[: len(self.ids) // self.size]
+            parts = torch.randperm(len(self.ids), generator=self._draw).split(self.size)
+            yield from parts[: len(self.ids) // self.size]
 
 
 class Run:
@@ -119,8 +119,10 @@ class Run:
         half = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         backbone = load(options, half).to(self.device)
         core = {**CORE, **json.loads(options.core), **(self.arm.core or {})}
-        if self.arm.full:
-            core |= {"grad_cycles": core["h_cycles"], "grad_l_steps": core["l_steps"]}
+        if self.arm.reach != "step":
+            core["grad_l_steps"] = core["l_steps"]
+        if self.arm.reach == "all":
+            core["grad_cycles"] = core["h_cycles"]
         self.model = HRMGemmaForCausalLM.from_backbone(backbone, hrm=core, lora=not options.frozen).train()
         if self.arm.core is None:
             self.model.hrm.requires_grad_(False)
@@ -129,7 +131,8 @@ class Run:
         self.full = self.model.hrm.config.from_dict(self.model.hrm.config.to_dict())
         self.steps, self._replayed = 0, None
         decoder = self.model.get_decoder()
-        self._compiled = torch.compile(decoder.forward, dynamic=False) if self.device.type == "cuda" else decoder.forward
+        on_gpu = self.device.type == "cuda"
+        self._compiled = torch.compile(decoder.forward, dynamic=False) if on_gpu else decoder.forward
 
     def train(self, batches: Batches) -> dict[str, Any]:
         """Steps until the time is spent; returns steps, seconds and the mean loss of each twentieth of the steps."""
@@ -143,7 +146,9 @@ class Run:
 
     def _train(self, batches: Batches) -> dict[str, Any]:
         options, losses = self.options, []
-        depth = stages(self.arm.ramp, 10**6, self.full.h_cycles, self.full.l_steps)
+        n, t = self.full.h_cycles, self.full.l_steps
+        ramp = ((0.25, 1, max(1, t // 2)), (0.5, max(1, n // 2), t)) if self.arm.ramp else ()
+        depth = stages(ramp, 10**6, n, t)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         seconds, began = 0.0, self._now()
         for chosen in batches:

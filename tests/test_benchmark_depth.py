@@ -1,0 +1,95 @@
+"""The depth benchmark: its rows, and that what it trains on is the model's own loss."""
+
+import argparse
+import importlib.util
+import json
+import sys
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_backbone import save_tiny_backbone
+
+from hrm.loss import IGNORED
+
+spec = importlib.util.spec_from_file_location("depth", Path(__file__).parents[1] / "benchmarks" / "depth.py")
+assert spec is not None and spec.loader is not None
+depth = sys.modules["depth"] = importlib.util.module_from_spec(spec)  # dataclasses look there
+spec.loader.exec_module(depth)
+
+CORE = json.dumps({"d_l": 32, "d_h": 32, "head_size": 16, "attn_heads": 2, "h_cycles": 4, "l_steps": 2})
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory: pytest.TempPathFactory) -> argparse.Namespace:
+    backbone = save_tiny_backbone(tmp_path_factory.mktemp("tiny"))
+    return argparse.Namespace(
+        backbone=str(backbone), task="pointer_chase", objects=7, max_depth=3, judge_depths=[1, 5], judged=6, rows=20,
+        questions=4, batch_size=8, judge_batch=8, core=CORE, core_lr=3e-3, adapter_lr=3e-3, layers=None, frozen=False,
+        steps=6, seconds=0.0,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made(options: argparse.Namespace) -> tuple:
+    tokenizer = depth.load_tokenizer(options.backbone)
+    return depth.make_rows(options, tokenizer), tokenizer
+
+
+def test_rows_are_texts_with_their_questions_as_turns(made: tuple) -> None:
+    (rows, held_out, depths), tokenizer = made
+    batches = depth.Batches(rows, 8, tokenizer.pad_token_id, 0, torch.device("cpu"))
+    assert len(rows) == 20 and {len(row) for row in rows} == {4} and depths == [1] * 6 + [5] * 6
+    for ids, labels in zip(batches.ids, batches.labels, strict=True):
+        text = tokenizer.decode(ids[ids != tokenizer.pad_token_id])
+        turns = text.removesuffix("<eos>").split("<eos>")
+        assert len(turns) == len(set(turns)) == 4
+        follows = dict(pair.split() for pair in turns[0].rpartition(",")[0].split(", "))
+        for turn in turns:
+            question, answer = turn.rsplit("? ", 1)
+            steps, place = question.split()[-3], question.split()[-1]
+            for _ in range(int(steps)):
+                place = follows[place]
+            assert answer == place
+        answers = "".join(turn[-2:] + "<eos>" for turn in turns)  # the space goes with the answer
+        assert tokenizer.decode(labels[labels != IGNORED]) == answers
+    trained = {tokenizer.decode(row[0].prompt).rpartition(",")[0] for row in rows}
+    assert not trained & {tokenizer.decode(row.prompt).rpartition(",")[0] for row in held_out}
+
+
+def test_every_row_comes_once_before_any_comes_again(made: tuple) -> None:
+    (rows, _, _), tokenizer = made
+    batches = depth.Batches(rows, 5, tokenizer.pad_token_id, 0, torch.device("cpu"))
+    chosen = torch.cat(list(islice(batches, 8)))
+    assert sorted(chosen[:20].tolist()) == sorted(chosen[20:].tolist()) == list(range(20))
+
+
+@pytest.mark.parametrize("name", ["lora", "control", "full"])
+def test_the_loss_is_the_models_own(options: argparse.Namespace, made: tuple, name: str) -> None:
+    (rows, _, _), tokenizer = made
+    run, batches = depth.Run(options, name, 0), depth.Batches(rows, 8, tokenizer.pad_token_id, 0, torch.device("cpu"))
+    if run.arm.core is not None:
+        torch.nn.init.normal_(run.model.hrm.w_out, std=0.1)  # zero at first, where the core would not matter
+    chosen = torch.arange(8)
+    loss = run._backward(batches, chosen)
+    mask = (batches.ids != tokenizer.pad_token_id).long()
+    with torch.no_grad():
+        expected = run.model(batches.ids[chosen], mask[chosen], labels=batches.labels[chosen]).loss
+    torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("name", list(depth.ARMS))
+def test_an_arm_trains_and_is_judged(options: argparse.Namespace, made: tuple, name: str) -> None:
+    (rows, held_out, depths), tokenizer = made
+    run = depth.Run(options, name, 0)
+    trained = run.train(depth.Batches(rows, 8, tokenizer.pad_token_id, 0, torch.device("cpu")))
+    assert trained["steps"] == len(trained["losses"]) == 6
+    assert (
+        trained["losses"][-1] < trained["losses"][0] or name == "segments"
+    )  # the Q head's loss rises with the answers
+    found = run.judge(held_out, depths, tokenizer.pad_token_id)
+    assert all(set(shares) == {1, 5} for shares in found.values())
+    assert len(found) == (1 if name in ("lora", "control") else 8)
+    moved = run.model.hrm.w_out.abs().sum().item()
+    assert (moved == 0) == (name == "lora")  # the adapters alone
