@@ -87,7 +87,7 @@ def test_an_arm_trains_and_is_judged(options: argparse.Namespace, made: tuple, n
     assert trained["steps"] == len(trained["losses"]) == 6
     assert (
         trained["losses"][-1] < trained["losses"][0] or name == "segments"
-    )  # the Q head's loss rises with the answers
+    )  # its Q head rises
     found = run.judge(held_out, depths, tokenizer.pad_token_id)
     assert all(set(shares) == {1, 5} for shares in found.values())
     assert len(found) == (1 if name in ("lora", "control") else 8)
