@@ -22,7 +22,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
@@ -38,7 +38,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
 from hrm import HRMGemmaForCausalLM
 from hrm.curriculum import set_depth, stages
-from hrm.data import Encoded, Example, Template, encode
+from hrm.data import Encoded, Example, Template, collate, encode
 from hrm.evaluate import predict
 from hrm.loss import IGNORED, next_token_targets
 from hrm.tasks import OPTIONS, texts
@@ -89,13 +89,8 @@ def load(options: argparse.Namespace, dtype: torch.dtype) -> Any:
 class Batches:
     """All training rows on one device, padded at the end to one width, so that every step has the same shapes."""
 
-    def __init__(self, rows: Sequence[Sequence[Encoded]], size: int, pad: int, seed: int, device: torch.device) -> None:
-        width = max(sum(len(part) for turn in row for part in turn) for row in rows)
-        ids, labels = torch.full((len(rows), width), pad), torch.full((len(rows), width), IGNORED)
-        for index, row in enumerate(rows):
-            tokens = [token for prompt, answer in row for token in prompt + answer]
-            scored = [token for prompt, answer in row for token in [IGNORED] * len(prompt) + answer]
-            ids[index, : len(tokens)], labels[index, : len(tokens)] = torch.tensor(tokens), torch.tensor(scored)
+    def __init__(self, rows: Sequence[Encoded], size: int, pad: int, seed: int, device: torch.device) -> None:
+        ids, _, labels = collate(rows, pad)
         self.ids, self.labels, self.size = ids.to(device), labels.to(device), size
         targets = next_token_targets(self.labels, None)
         self.places = (targets != IGNORED).nonzero()[:, 1].view(len(rows), -1)  # as many scored tokens in each row
@@ -274,38 +269,30 @@ def by_depth(right: Sequence[bool], depths: Sequence[int]) -> dict[int, float]:
     }
 
 
-def make_rows(options: argparse.Namespace, tokenizer: Any) -> tuple[list[list[Encoded]], list[Encoded], list[int]]:
+def make_rows(options: argparse.Namespace, tokenizer: Any) -> tuple[list[Encoded], list[Encoded], list[int]]:
     """Texts to train on, each with `options.questions` questions as turns, problems to judge by, and their depths.
 
     No problem to judge by is about a text that is trained on.
     """
-    trained = {"objects": options.objects, "max_depth": options.max_depth}
+    trained = {"objects": options.objects, "max_depth": options.max_depth, "questions": options.questions}
     judged: dict[str, Example] = {}
     for depth in options.judge_depths:
         found: list[Example] = []
-        for text, asked in texts(options.task, {**trained, "min_depth": depth, "max_depth": depth}, 10**6 + depth, 1):
+        own = {**trained, "min_depth": depth, "max_depth": depth, "questions": 1}
+        for text, asked in texts(options.task, own, 10**6 + depth):
             if text not in judged:
                 found.append(Example(text + asked[0][0], asked[0][1], "made", {"depth": depth}))
                 judged[text] = found[-1]
             if len(found) == options.judged:
                 break
-    made = (row for row in texts(options.task, trained, 0, options.questions) if row.text not in judged)
-    template, train = Template("{prompt} {answer}"), list(islice(made, options.rows))
-    held_out = list(judged.values())
-    first = encode(
-        [Example(text + asked[0][0], asked[0][1], "made") for text, asked in train], template, tokenizer, 512
-    )
-    later = {turn[:2] for row in train for turn in row.asked[1:]}
-    known = dict(zip(later, _turns(later, template, tokenizer), strict=True))
-    rows = [[one, *(known[turn[:2]] for turn in row.asked[1:])] for one, row in zip(first, train, strict=True)]
-    return rows, encode(held_out, template, tokenizer, 512), [example.entry["depth"] for example in held_out]
-
-
-def _turns(turns: Collection[tuple[str, str]], template: Template, tokenizer: Any) -> list[Encoded]:
-    """Tokens of questions and answers that follow others, so that nothing is put in front of them."""
-    sides = ([template.question(q) for q, _ in turns], [template.answer(a) for _, a in turns])
-    questions, answers = (tokenizer(side, add_special_tokens=False)["input_ids"] if side else [] for side in sides)
-    return [Encoded(q, [*a, tokenizer.eos_token_id]) for q, a in zip(questions, answers, strict=True)]
+    made = (row for row in texts(options.task, trained, 0) if row.text not in judged)
+    train = [
+        Example(text + asked[0][0], asked[0][1], "made", {}, tuple(turn[:2] for turn in asked[1:]))
+        for text, asked in islice(made, options.rows)
+    ]
+    held_out, template = list(judged.values()), Template("{prompt} {answer}")
+    rows, others = (encode(examples, template, tokenizer, 512) for examples in (train, held_out))
+    return rows, others, [example.entry["depth"] for example in held_out]
 
 
 # ---------------------------------------------------------------------------------------------------- what is shown

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from hrm.data import Encoded, collate
-from hrm.loss import IGNORED
 
 
 class Place(NamedTuple):
@@ -99,16 +98,13 @@ def micro_batches(rows: Sequence[Encoded], size: int, pad: int, *, pack: bool) -
 
 
 def _packed(rows: Sequence[Encoded]) -> dict[str, Tensor]:
-    lengths = [len(row.prompt) + len(row.answer) for row in rows]
-    labels = [IGNORED if place < len(row.prompt) else token
-              for row in rows for place, token in enumerate([*row.prompt, *row.answer])]  # fmt: skip
     return {
-        "input_ids": torch.tensor([[token for row in rows for token in [*row.prompt, *row.answer]]]),
-        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
-        "labels": torch.tensor([labels]),
+        "input_ids": torch.tensor([[token for row in rows for token in row.tokens]]),
+        "position_ids": torch.cat([torch.arange(len(row.tokens)) for row in rows])[None],
+        "labels": torch.tensor([[label for row in rows for label in row.labels]]),
     }
 
 
 def scored_tokens(rows: Sequence[Encoded]) -> int:
     """Tokens of `rows` that the loss is a mean over: the answers', but a row's first token, which nothing predicts."""
-    return sum(len(row.answer) - (not row.prompt) for row in rows)
+    return sum(len(row.answer) - len(row.unscored) - (not row.prompt) for row in rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -18,8 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hrm.modeling import IGNORED
 from hrm.settings import UsageError, nearest
-from hrm.tasks import TASKS
-from hrm.tasks import problems as problems_of
+from hrm.tasks import TASKS, texts
 
 logger = logging.getLogger("hrm")
 
@@ -31,6 +30,7 @@ class Example(NamedTuple):
     answer: str
     source: str  # where it stands, for messages: "file.jsonl:3"
     entry: Mapping[str, Any] = {}  # what reasoning-gym's scorer wants to see; {"depth": n} in `hrm.tasks`
+    turns: tuple[tuple[str, str], ...] = ()  # further questions and answers, which follow in a row that is trained on
 
 
 Score = Callable[[str, Example], float]
@@ -148,18 +148,23 @@ def hold_out(examples: Sequence[Example], count: int, seed: int) -> Problems:
 
 
 def _of_known_depth(data: Any, seed: int) -> Problems:
-    """Problems of `hrm.tasks`; `data.held_out_options` replace options for the held-out ones."""
+    """Problems of `hrm.tasks`; `data.held_out_options` replace options for the held-out ones, which have one turn."""
 
-    def made(options: dict[str, Any], seed: int, key: str = "data.task_options") -> Iterator[Example]:
-        for number, (prompt, answer, depth) in enumerate(problems_of(data.task, options, seed, key)):
-            yield Example(prompt, answer, f"{data.task}:{number}", {"depth": depth})
+    def made(
+        options: dict[str, Any], seed: int, key: str = "data.task_options", held_out: Container[str] = ()
+    ) -> Iterator[Example]:
+        for number, (text, asked) in enumerate(texts(data.task, options, seed, key)):
+            if any(text + turn[0] in held_out for turn in asked):
+                continue
+            (question, answer, depth), *later = asked
+            turns = tuple(turn[:2] for turn in later)
+            yield Example(text + question, answer, f"{data.task}:{number}", {"depth": depth}, turns)
 
     options = dict(data.task_options)
     next(made(options, seed))  # what is wrong with them is not the held-out options' fault
-    others = made({**options, **data.held_out_options}, seed + 1, "data.held_out_options")
+    others = made({**options, "questions": 1, **data.held_out_options}, seed + 1, "data.held_out_options")
     held_out = _enough(others, data.held_out, data.task)
-    prompts = {example.prompt for example in held_out}
-    train = (example for example in made(options, seed) if example.prompt not in prompts)
+    train = made(options, seed, held_out={example.prompt for example in held_out})
     return Problems(_enough(train, data.size, data.task), held_out)
 
 
@@ -309,6 +314,20 @@ class Encoded(NamedTuple):
 
     prompt: list[int]
     answer: list[int]  # ends with the end-of-text token
+    unscored: tuple[int, ...] = ()  # places in `answer` that are not learnt: what later turns ask
+
+    @property
+    def tokens(self) -> list[int]:
+        """The whole row."""
+        return [*self.prompt, *self.answer]
+
+    @property
+    def labels(self) -> list[int]:
+        """The row's tokens where they are learnt, else -100."""
+        labels = [*([IGNORED] * len(self.prompt)), *self.answer]
+        for place in self.unscored:
+            labels[len(self.prompt) + place] = IGNORED
+        return labels
 
 
 def encode(
@@ -327,20 +346,44 @@ def encode(
         raise UsageError("the backbone's tokenizer has no end-of-text token; it should have one to end answers with")
     prompts = tokenizer([template.question(e.prompt) for e in examples])["input_ids"]
     answers = tokenizer([template.answer(e.answer) for e in examples], add_special_tokens=False)["input_ids"]
-    encoded = []
+    later, encoded = _turns(examples, template, tokenizer), []
     for example, prompt, answer in zip(examples, prompts, answers, strict=True):
         if not prompt:
             bad_row(f"{example.source}: the prompt has no tokens; it should have at least one to go on from")
-        elif len(prompt) + len(answer) < max_length:
-            encoded.append(Encoded(prompt, [*answer, tokenizer.eos_token_id]))
+            continue
+        row = _joined(prompt, [*answer, tokenizer.eos_token_id], [later[turn] for turn in example.turns])
+        if len(row.tokens) <= max_length:
+            encoded.append(row)
         else:
             bad_row(
-                f"{example.source}: prompt and answer have {len(prompt)} + {len(answer) + 1} tokens; "
+                f"{example.source}: prompt and answer have {len(prompt)} + {len(row.answer)} tokens; "
                 f"they should have at most data.max_length = {max_length}"
             )
     if not encoded:
         raise UsageError("none of the rows can be used")
     return encoded
+
+
+def _turns(
+    examples: Sequence[Example], template: Template, tokenizer: PreTrainedTokenizerBase
+) -> dict[tuple[str, str], Encoded]:
+    """Token ids of all turns that follow a first one, so that nothing is put in front of them."""
+    turns = list({turn: None for example in examples for turn in example.turns})
+    if not turns:
+        return {}
+    questions = tokenizer([template.question(q) for q, _ in turns], add_special_tokens=False)["input_ids"]
+    answers = tokenizer([template.answer(a) for _, a in turns], add_special_tokens=False)["input_ids"]
+    ended = ([*answer, tokenizer.eos_token_id] for answer in answers)
+    return dict(zip(turns, map(Encoded, questions, ended), strict=True))
+
+
+def _joined(prompt: list[int], answer: list[int], turns: Sequence[Encoded]) -> Encoded:
+    """One row of a first turn and those that follow."""
+    tokens, unscored = list(answer), list[int]()
+    for turn in turns:
+        unscored += range(len(tokens), len(tokens) + len(turn.prompt))
+        tokens += turn.tokens
+    return Encoded(prompt, tokens, tuple(unscored))
 
 
 class Batch(NamedTuple):
@@ -353,13 +396,13 @@ class Batch(NamedTuple):
 
 def collate(rows: Sequence[Encoded], pad: int) -> Batch:
     """Rows of different lengths as one batch; only answers are scored."""
-    width = max(len(row.prompt) + len(row.answer) for row in rows)
+    width = max(len(row.tokens) for row in rows)
     batch = Batch(*(torch.full((len(rows), width), fill) for fill in (pad, 0, IGNORED)))
-    for index, (prompt, answer) in enumerate(rows):
-        start, end = len(prompt), len(prompt) + len(answer)
-        batch.input_ids[index, :end] = torch.tensor(prompt + answer)
-        batch.attention_mask[index, :end] = 1
-        batch.labels[index, start:end] = torch.tensor(answer)
+    for index, row in enumerate(rows):
+        length = len(row.tokens)
+        batch.input_ids[index, :length] = torch.tensor(row.tokens)
+        batch.attention_mask[index, :length] = 1
+        batch.labels[index, :length] = torch.tensor(row.labels)
     return batch
 
 

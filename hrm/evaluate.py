@@ -103,7 +103,7 @@ def predict(
         rows: with their answers, which end with the end-of-text token.
         segments: run exactly so many; None: as the model's config says.
     """
-    order = sorted(range(len(rows)), key=lambda row: len(rows[row].prompt) + len(rows[row].answer))
+    order = sorted(range(len(rows)), key=lambda row: len(rows[row].tokens))
     right, was_training = [False] * len(rows), model.training
     model.eval()
     for start in range(0, len(rows), batch_size):

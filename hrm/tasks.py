@@ -54,47 +54,40 @@ def pointer_chase(draw: random.Random, objects: int, depths: range) -> Questions
 
 TASKS: dict[str, Make] = {"object_swaps": object_swaps, "pointer_chase": pointer_chase}
 OPTIONS = {
-    "object_swaps": {"objects": 5, "min_depth": 1, "max_depth": 10},
-    "pointer_chase": {"objects": 21, "min_depth": 1, "max_depth": 10},
+    "object_swaps": {"objects": 5, "min_depth": 1, "max_depth": 10, "questions": 1},
+    "pointer_chase": {"objects": 21, "min_depth": 1, "max_depth": 10, "questions": 1},
 }
 
 
-def problems(
-    task: str, options: Mapping[str, Any], seed: int, key: str = "data.task_options"
-) -> Iterator[tuple[str, str, int]]:
-    """Prompt, answer and depth of problems of `TASKS[task]`, without end: `texts`, each with one of its questions."""
-    for text, asked in texts(task, options, seed, 1, key):
-        yield text + asked[0][0], *asked[0][1:]
+def texts(task: str, options: Mapping[str, Any], seed: int, key: str = "data.task_options") -> Iterator[Questions]:
+    """Texts of `TASKS[task]` with some of their questions, drawn, without end; a function of task, options and seed.
 
-
-def texts(
-    task: str, options: Mapping[str, Any], seed: int, count: int, key: str = "data.task_options"
-) -> Iterator[Questions]:
-    """Texts of `TASKS[task]`, without end, each with `count` of its questions, or all where there are fewer; a function
-    of task, options and seed. Depths are drawn evenly.
+    Depths are drawn evenly.
 
     Args:
-        options: objects (2 to 26), min_depth and max_depth (from 0; for pointer_chase below objects); what is missing
-            is as in `OPTIONS`.
+        options: objects (2 to 26), min_depth and max_depth (from 0; for pointer_chase below objects), questions (1 to
+            as many as can be asked about a text); what is missing is as in `OPTIONS`.
         key: what the options are called where one of them makes no sense.
 
     Raises:
         UsageError: an option that there is not, or a value that makes no sense.
     """
-    objects, depths = _checked(task, options, key)
+    objects, depths, count = _checked(task, options, key)
     draw = random.Random(f"{task}-{seed}")
     while True:
         text, asked = TASKS[task](draw, objects, depths)
-        yield Questions(text, draw.sample(asked, min(count, len(asked))))
+        if count > len(asked):
+            raise UsageError(f"{key}.questions is {count}; it should be from 1 to {len(asked)}, all about a text")
+        yield Questions(text, draw.sample(asked, count))
 
 
-def _checked(task: str, options: Mapping[str, Any], key: str) -> tuple[int, range]:
+def _checked(task: str, options: Mapping[str, Any], key: str) -> tuple[int, range, int]:
     own = OPTIONS[task]
     unknown = [name for name in options if name not in own]
     if unknown:
         raise UsageError(f"{key} has no {unknown[0]!r}{nearest(unknown[0], own)}")
     chosen = {**own, **options}
-    objects, least, most = (chosen[name] for name in own)
+    objects, least, most, questions = (chosen[name] for name in own)
     for name, value in chosen.items():
         if not isinstance(value, int) or isinstance(value, bool):
             raise UsageError(f"{key}.{name} is {value!r}; it should be a whole number")
@@ -106,4 +99,6 @@ def _checked(task: str, options: Mapping[str, Any], key: str) -> tuple[int, rang
         raise UsageError(
             f"{key}.max_depth is {most}; it should be below objects = {objects}, where the arrows come back"
         )
-    return objects, range(least, most + 1)
+    if questions < 1:
+        raise UsageError(f"{key}.questions is {questions}; it should be at least 1")
+    return objects, range(least, most + 1), questions

@@ -139,7 +139,7 @@ class Job:
         held_out = encode(problems.held_out, template, tokenizer, settings.data.max_length)
         with console.status(f"Loading {backbone}"):
             model = load_model(backbone, settings)
-        longest = max(len(row.prompt) + len(row.answer) for row in rows)
+        longest = max(len(row.tokens) for row in rows)
         check_length("a row of the training data", longest, model, "Lower data.max_length to find it.")
         longest = max(len(row.prompt) for row in held_out) + settings.eval.max_new_tokens
         check_length("a held-out problem with its answer", longest, model, "Lower eval.max_new_tokens.")
@@ -149,7 +149,7 @@ class Job:
         """Says where a step is predicted not to fit the GPU, and what would make it fit."""
         if not torch.cuda.is_available():
             return
-        longest = max(len(row.prompt) + len(row.answer) for row in self.rows)
+        longest = max(len(row.tokens) for row in self.rows)
         plan = plan_training(self.settings, self.model.config.backbone, longest, processes)
         if (warning := check_fits(plan, available_memory())) is not None:
             console.print(warning)

@@ -110,7 +110,7 @@ class HRMTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         """Every step's rows on this process; nothing is left for accelerate to deal out."""
         plan = BatchPlan(
-            [len(row.prompt) + len(row.answer) for row in self.rows],
+            [len(row.tokens) for row in self.rows],
             batch_size=self.settings.batch_size,
             steps=self.args.max_steps,
             seed=self.settings.seed,
@@ -481,7 +481,7 @@ def digest_rows(rows: Sequence[Encoded]) -> str:
     """SHA-256 of rows and their order."""
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(f"{row.prompt}{row.answer}".encode())
+        digest.update(f"{row.prompt}{row.answer}{row.unscored or ''}".encode())
     return digest.hexdigest()
 
 

@@ -36,8 +36,8 @@ def test_what_is_typed_wins_over_the_preset_wherever_it_stands():
     typed = "train.steps=7", "data.task_options.objects=3"
     for words in (["preset=depth", *typed], [*typed, "preset=depth"]):
         settings = load_training_settings(words)
-        assert (settings.train.steps, settings.train.batch_size) == (7, 256)
-        assert settings.data.task_options == {"objects": 3, "max_depth": 10}
+        assert (settings.train.steps, settings.train.batch_size) == (7, 64)
+        assert settings.data.task_options == {"objects": 3, "max_depth": 6, "questions": 12}
 
 
 def test_another_task_does_not_get_the_presets_options():
@@ -57,9 +57,9 @@ def test_a_file_of_ones_own(tmp_path):
 def test_help_shows_the_presets_values(capsys):
     assert main(["train", "preset=depth", "--help"]) == 0
     out = capsys.readouterr().out
-    assert "train.steps=1500\n" in out
+    assert "train.steps=1600\n" in out
     assert "preset=depth\n" in out
-    assert "data.task_options={'objects': 5, 'max_depth': 10}\n" in out
+    assert "data.task_options={'objects': 13, 'max_depth': 6, 'questions': 12}\n" in out
 
 
 @pytest.mark.parametrize("name", ["depth", "gsm8k", "mine.yaml"])
@@ -81,7 +81,7 @@ def test_profile_takes_a_preset(tmp_path, capsys):
     assert main(["profile", "preset=gsm8k", *words]) == 0
     assert "32 x 64 tokens" in capsys.readouterr().out
     assert main(["profile", "preset=depth", "--help"]) == 0
-    assert "train.batch_size=256\n" in capsys.readouterr().out
+    assert "train.batch_size=64\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

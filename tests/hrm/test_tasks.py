@@ -8,10 +8,17 @@ import torch
 from tiny_backbone import TINY_CORE, byte_tokenizer, save_tiny_backbone
 
 from hrm import HRMGemmaForCausalLM
+from hrm.batching import micro_batches, scored_tokens
 from hrm.data import Encoded, Template, encode, load_problems
 from hrm.evaluate import predict
+from hrm.loss import IGNORED
 from hrm.settings import TrainingSettings, UsageError, load_settings
-from hrm.tasks import problems
+from hrm.tasks import texts
+from hrm.trainer import digest_rows
+
+
+def problems(task, options, seed):
+    return ((text + asked[0][0], *asked[0][1:]) for text, asked in texts(task, options, seed))
 
 
 def swapped(prompt):
@@ -59,11 +66,41 @@ def test_arrows_go_round_all_objects():
         ({"objects": 1}, "from 2 to 26"),
         ({"min_depth": 5, "max_depth": 4}, "from 0 to max_depth = 4"),
         ({"max_depth": "far"}, "a whole number"),
+        ({"questions": 0}, "at least 1"),
+        ({"questions": 6}, "questions is 6; it should be from 1 to 5"),
     ],
 )
 def test_options_that_make_no_sense(options, message):
     with pytest.raises(UsageError, match=message):
         next(problems("object_swaps", options, 0))
+
+
+@pytest.mark.parametrize(("task", "solve"), [("object_swaps", swapped), ("pointer_chase", chased)])
+def test_further_questions_are_about_the_same_text(task, solve):
+    for text, asked in itertools.islice(texts(task, {"objects": 7, "max_depth": 6, "questions": 5}, 0), 30):
+        assert len({question for question, _, _ in asked}) == 5
+        assert all(solve(text + question) == (answer, depth) for question, answer, depth in asked)
+
+
+def test_further_questions_are_turns_whose_answers_alone_are_learnt():
+    data = settings("data.task=pointer_chase", "data.task_options={objects: 7, max_depth: 3, questions: 3}").data
+    found, tokenizer = load_problems(data, 0), byte_tokenizer()
+    assert {len(example.turns) for example in found.train} == {2} and not any(e.turns for e in found.held_out)
+    rows = encode(found.train[:4], Template("{prompt} {answer}"), tokenizer, 512)
+    for example, row in zip(found.train, rows, strict=False):
+        (first, a), (second, b) = example.turns
+        text = f"{example.prompt} {example.answer}<eos>{first} {a}<eos>{second} {b}<eos>"
+        assert tokenizer.decode(row.tokens) == text
+        assert tokenizer.decode([t for t in row.labels if t != IGNORED]) == f" {example.answer}<eos> {a}<eos> {b}<eos>"
+    assert scored_tokens(rows) == sum(label != IGNORED for row in rows for label in row.labels) == 4 * 9
+    (packed,), (padded,) = (micro_batches(rows, 4, 0, pack=pack) for pack in (True, False))
+    real = padded["attention_mask"].bool()
+    assert torch.equal(packed["labels"][0], padded["labels"][real])
+    assert torch.equal(packed["input_ids"][0], padded["input_ids"][real])
+    assert digest_rows(rows) != digest_rows([Encoded(row.prompt, row.answer) for row in rows])
+    longest = max(len(row.tokens) for row in rows)
+    with pytest.raises(UsageError, match=f"at most data.max_length = {longest - 1}"):
+        encode(found.train[:4], Template("{prompt} {answer}"), tokenizer, longest - 1)
 
 
 def test_arrows_are_not_followed_round_the_whole_ring():
