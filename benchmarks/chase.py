@@ -67,7 +67,13 @@ def make_core(options: argparse.Namespace) -> HRMCore:
         h_cycles=options.cycles, l_steps=options.l_steps, fused=False,
         grad_cycles=options.grad_cycles or options.cycles, grad_l_steps=options.grad_l_steps or options.l_steps,
     )  # fmt: skip
-    return HRMCore(config)
+    core = HRMCore(config)
+    if options.biases is not None:
+        with torch.no_grad():
+            gates = core.b_c[: config.d_l], core.b_h[: config.d_h], core.b_h[2 * config.d_h :]
+            for gate, bias in zip(gates, options.biases, strict=True):
+                gate.fill_(bias)
+    return core
 
 
 def train(options: argparse.Namespace) -> dict[str, object]:
@@ -125,6 +131,7 @@ def main() -> None:
     parser.add_argument("--grad-cycles", type=int, help="cycles with a gradient; default: all")
     parser.add_argument("--grad-l-steps", type=int, help="L steps of each with a gradient; default: all")
     parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--biases", type=float, nargs=3, help="of the gates g, p, r at the start; default: the core's")
     parser.add_argument("--lr", type=float, default=2e-4)
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--seed", type=int, default=0)
