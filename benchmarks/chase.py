@@ -137,6 +137,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     options.most = options.most or options.objects - 1
+    if not 1 <= options.most < options.objects or not 1 <= options.questions <= 1000:
+        parser.error("--most should be from 1 to below --objects, --questions from 1 to 1000")
     torch.set_num_threads(1)
     print(json.dumps({**vars(options), **(reach(options) if options.reach else train(options))}), flush=True)
 

@@ -7,7 +7,7 @@ Arms, all with the two adapters, the same rows, batches and learning rates:
     one-step    N x T, the gradient of one step (1/1)
     ramp        N x T, the gradient of the whole last cycle (T/1), depth growing in the first half of the time
     full        N x T, the gradient of all cycles (T/N), the only one that reaches other tokens through the core
-    segments    ramp, and up to 4 segments under ACT
+    segments    ramp, and up to 4 segments under ACT; without a CUDA graph, since the data say what is run
 
 Every arm and seed trains for `--seconds` of wall time on one device (or `--steps` steps), learning rates and depth as
 functions of the time spent. Then its answers to unseen problems are judged by depth, trained ones and deeper, and again
@@ -90,10 +90,14 @@ class Batches:
     """All training rows on one device, padded at the end to one width, so that every step has the same shapes."""
 
     def __init__(self, rows: Sequence[Encoded], size: int, pad: int, seed: int, device: torch.device) -> None:
+        if len(rows) < size:
+            raise SystemExit(f"--rows is {len(rows)}; it should be at least --batch-size = {size}")
         ids, _, labels = collate(rows, pad)
         self.ids, self.labels, self.size = ids.to(device), labels.to(device), size
         targets = next_token_targets(self.labels, None)
-        self.places = (targets != IGNORED).nonzero()[:, 1].view(len(rows), -1)  # as many scored tokens in each row
+        scored = targets != IGNORED
+        assert (scored.sum(1) == scored[0].sum()).all()  # a letter and an end, as many in each row
+        self.places = scored.nonzero()[:, 1].view(len(rows), -1)
         self.targets = targets.gather(1, self.places)
         self._draw = torch.Generator().manual_seed(seed)
 
@@ -114,10 +118,8 @@ class Run:
         half = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         backbone = load(options, half).to(self.device)
         core = {**CORE, **json.loads(options.core), **(self.arm.core or {})}
-        if self.arm.reach != "step":
-            core["grad_l_steps"] = core["l_steps"]
-        if self.arm.reach == "all":
-            core["grad_cycles"] = core["h_cycles"]
+        core["grad_l_steps"] = 1 if self.arm.reach == "step" else core["l_steps"]
+        core["grad_cycles"] = core["h_cycles"] if self.arm.reach == "all" else 1
         self.model = HRMGemmaForCausalLM.from_backbone(backbone, hrm=core, lora=not options.frozen).train()
         if self.arm.core is None:
             self.model.hrm.requires_grad_(False)
@@ -246,7 +248,8 @@ class Run:
         n, t = self.full.h_cycles, self.full.l_steps
         if self.arm.core is None or n == 1:
             return []
-        return [(1, t, 1), (n // 2, t, 1), (n + 1, t, 1), (2 * n, t, 1), (n, 2 * t, 1), (n, t, 2), (n, t, 4)]
+        cycles = sorted({1, n // 2, n + 1, 2 * n})
+        return [*((cycle, t, 1) for cycle in cycles), (n, 2 * t, 1), (n, t, 2), (n, t, 4)]
 
     @contextmanager
     def _without_core(self) -> Iterator[None]:
@@ -384,6 +387,10 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--merge", nargs="+", type=Path, help="files of arms or seeds that ran side by side")
     options, console = parser.parse_args(), Console()
+    if options.frozen and "lora" in options.arms and not options.plot:
+        parser.error("--arms has lora; without adapters (--frozen) it should not")
+    if {"grad_cycles", "grad_l_steps"} & json.loads(options.core).keys():
+        parser.error(f"--core is {options.core}; how far the gradient reaches should be left to the arms")
     options.objects = options.objects or OPTIONS[options.task]["objects"]
     if options.merge:
         results = merged([json.loads(path.read_text()) for path in options.merge])

@@ -150,27 +150,29 @@ def hold_out(examples: Sequence[Example], count: int, seed: int) -> Problems:
 def _of_known_depth(data: Any, seed: int) -> Problems:
     """Problems of `hrm.tasks`; `data.held_out_options` replace options for the held-out ones, which have one turn."""
 
-    def made(
-        options: dict[str, Any], seed: int, key: str = "data.task_options", held_out: Container[str] = ()
-    ) -> Iterator[Example]:
+    def made(options: dict[str, Any], seed: int, key: str, held_out: Container[str] = ()) -> Iterator[Example | None]:
         for number, (text, asked) in enumerate(texts(data.task, options, seed, key)):
-            if any(text + turn[0] in held_out for turn in asked):
-                continue
             (question, answer, depth), *later = asked
             turns = tuple(turn[:2] for turn in later)
-            yield Example(text + question, answer, f"{data.task}:{number}", {"depth": depth}, turns)
+            seen = any(text + turn[0] in held_out for turn in asked)
+            yield None if seen else Example(text + question, answer, f"{data.task}:{number}", {"depth": depth}, turns)
 
-    options = dict(data.task_options)
-    next(made(options, seed))  # what is wrong with them is not the held-out options' fault
-    others = made({**options, "questions": 1, **data.held_out_options}, seed + 1, "data.held_out_options")
+    options, other = dict(data.task_options), dict(data.held_out_options)
+    if other.get("questions", 1) != 1:
+        raise UsageError(
+            f"data.held_out_options.questions is {other['questions']!r}; it should be 1: each is judged by one answer"
+        )
+    next(made(options, seed, "data.task_options"))  # what is wrong with them is not the held-out options' fault
+    others = made({**options, "questions": 1, **other}, seed + 1, "data.held_out_options")
     held_out = _enough(others, data.held_out, data.task)
-    train = made(options, seed, held_out={example.prompt for example in held_out})
+    train = made(options, seed, "data.task_options", {example.prompt for example in held_out})
     return Problems(_enough(train, data.size, data.task), held_out)
 
 
-def _enough(examples: Iterator[Example], count: int, task: str) -> list[Example]:
-    """The first `count` different ones."""
-    found = list(islice(_distinct(islice(examples, 20 * count + 1000)), count))
+def _enough(examples: Iterator[Example | None], count: int, task: str) -> list[Example]:
+    """The first `count` different ones; None: one that may not be used."""
+    drawn = (example for example in islice(examples, 20 * count + 1000) if example is not None)
+    found = list(islice(_distinct(drawn), count))
     if len(found) < count:
         raise UsageError(
             f"{task} gave {len(found)} different problems; it should give {count}. Widen data.task_options."

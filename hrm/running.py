@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import signal
 import sys
 import time
@@ -175,7 +176,11 @@ def check_unchanged(before: Mapping[str, str], now: Mapping[str, str], names: Ma
             raise UsageError(f"{names[key]} not what the run in {folder} was started with; it cannot go on")
 
 
-NOT_RECORDED = ("run.", "train.prometheus_port", "train.report_to")  # where a run stands, and who watches it
+# where a run stands, who watches it, and what does not change what is computed but for rounding
+NOT_RECORDED = (
+    "run.", "train.prometheus_port", "train.report_to", "train.save_every", "train.log_every", "train.micro_batch",
+    "train.gradient_checkpointing", "eval.batch_size", "hrm.fused", "hrm.offload_per_layer_embeddings",
+)  # fmt: skip
 
 
 def recorded(settings: Any) -> dict[str, Any]:
@@ -205,8 +210,8 @@ def check_settings(before: Mapping[str, Any], now: Mapping[str, Any], folder: Pa
         moved = key in PATHS and value is not None and not Path(value).exists()
         if now.get(key) != value and not moved:
             raise UsageError(
-                f"{key} is {now.get(key)!r} in {folder / 'config.yaml'}; it should be {value!r}, as the run was "
-                "started with"
+                f"{key} is {json.dumps(now.get(key))} in {folder / 'config.yaml'}; it should be {json.dumps(value)}, "
+                "as the run was started with"
             )
 
 

@@ -309,7 +309,8 @@ class HRMTrainer(Trainer):
         """Puts back what `progress` gave; a UsageError where it was of other rows or another backbone."""
         names = {"rows": "the training data are", "backbone": "the backbone is"}
         check_unchanged(progress["identity"], self.identity, names, self.folder)
-        self.skipped, self.micro_batch = progress["skipped"], progress["micro_batch"]
+        self.skipped = progress["skipped"]
+        self.micro_batch = min(self.micro_batch, progress["micro_batch"])  # the config's may have been lowered by hand
         self.growth.load_state(progress["growth"])
         self._seen.load_state(progress["measured"], self.args.device, first=self.is_world_process_zero())
 

@@ -120,6 +120,13 @@ def test_held_out_problems_may_be_deeper_and_are_never_trained_on():
     assert {example.entry["depth"] for example in found.train} <= set(range(1, 11))
     assert {example.entry["depth"] for example in found.held_out} <= set(range(11, 15))
     assert not {example.prompt for example in found.train} & {example.prompt for example in found.held_out}
+    with pytest.raises(
+        UsageError, match=r"gave \d+ different problems; it should give 50"
+    ):  # nearly all texts hold a held-out one
+        few = "data.task_options={objects: 3, max_depth: 1, questions: 3}"
+        load_problems(settings(few, "data.held_out=90").data, 0)
+    with pytest.raises(UsageError, match=r"held_out_options\.questions is 3; it should be 1"):
+        load_problems(settings("data.held_out_options.questions=3").data, 0)
     with pytest.raises(UsageError, match=r"gave 8 different problems; it should give 20"):
         load_problems(settings("data.task_options.objects=2", "data.task_options.max_depth=1").data, 0)
 

@@ -495,13 +495,18 @@ def test_settings_that_were_edited_are_refused_by_name(settings: Load) -> None:
     for old, new, message in (
         ("  seed: 0\n", "  seed: 5\n", r"^train.seed is 5 in .*config.yaml; it should be 0, as the run was started"),
         ("  d_l: 32\n", "  d_l: 64\n", r"^hrm.d_l is 64 in .*config.yaml; it should be 32"),
-        ("task_options: {}", "task_options: {max_depth: 2}", r"^data.task_options is {'max_depth': 2} in .*be {}"),
+        ("task_options: {}", "task_options: {max_depth: 2}", r'^data.task_options is {"max_depth": 2} in .*be {}'),
     ):
         (folder / "config.yaml").write_text(config.replace(old, new))
         assert config.count(old) == 1
+        before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
         with pytest.raises(UsageError, match=message):
             resume(folder)
-    (folder / "config.yaml").write_text(config.replace("prometheus_port: null", "prometheus_port: 0"))
+        assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for old, new in (("prometheus_port: null", "prometheus_port: 0"), ("micro_batch: null", "micro_batch: 1")):
+        assert config.count(old) == 1
+        config = config.replace(old, new)
+    (folder / "config.yaml").write_text(config)
     resume(folder)
 
 
