@@ -302,6 +302,10 @@ class Template:
         """The text that the model is to go on from."""
         return self._head + prompt + self._middle
 
+    def later_question(self, prompt: str) -> str:
+        """The same for a turn that follows others, whose question begins with the space that parts it from a text."""
+        return self.question(prompt.lstrip() if self._head else prompt)
+
     def answer(self, answer: str) -> str:
         """The text that is learnt."""
         return self._space + answer + self._tail
@@ -373,7 +377,7 @@ def _turns(
     turns = list({turn: None for example in examples for turn in example.turns})
     if not turns:
         return {}
-    questions = tokenizer([template.question(q) for q, _ in turns], add_special_tokens=False)["input_ids"]
+    questions = tokenizer([template.later_question(q) for q, _ in turns], add_special_tokens=False)["input_ids"]
     answers = tokenizer([template.answer(a) for _, a in turns], add_special_tokens=False)["input_ids"]
     ended = ([*answer, tokenizer.eos_token_id] for answer in answers)
     return dict(zip(turns, map(Encoded, questions, ended), strict=True))

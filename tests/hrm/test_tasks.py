@@ -92,6 +92,8 @@ def test_further_questions_are_turns_whose_answers_alone_are_learnt():
         text = f"{example.prompt} {example.answer}<eos>{first} {a}<eos>{second} {b}<eos>"
         assert tokenizer.decode(row.tokens) == text
         assert tokenizer.decode([t for t in row.labels if t != IGNORED]) == f" {example.answer}<eos> {a}<eos> {b}<eos>"
+    (row,) = encode(found.train[:1], Template("Q: {prompt}\nA: {answer}"), tokenizer, 512)
+    assert f"<eos>Q: {found.train[0].turns[0][0].strip()}\nA: " in tokenizer.decode(row.tokens)
     assert scored_tokens(rows) == sum(label != IGNORED for row in rows for label in row.labels) == 4 * 9
     (packed,), (padded,) = (micro_batches(rows, 4, 0, pack=pack) for pack in (True, False))
     real = padded["attention_mask"].bool()
