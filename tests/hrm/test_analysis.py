@@ -205,7 +205,7 @@ def leading(matrix):
 
 
 @pytest.mark.parametrize(
-    ("seed", "turning"), [(8, True), (10, False)], ids=["complex pairs lead", "real eigenvalues lead"]
+    ("seed", "turning"), [(0, True), (10, False)], ids=["complex pairs lead", "real eigenvalues lead"]
 )
 def test_spectral_radius_is_that_of_the_explicit_jacobian(make_model, seed, turning):
     torch.manual_seed(seed)

@@ -136,7 +136,7 @@ def test_settings_that_were_edited_are_refused_by_name(tmp_path: Path) -> None:
     for old, new, message in (
         ("  seed: 0\n", "  seed: 5\n", r"^train.seed is 5 in .*config.yaml; it should be 0, as the run was started"),
         ("hidden_size: 32", "hidden_size: 64", "^hrm.hidden_size is 64 in .*; it should be 32"),
-        ("here.npz", "copy.npz", r"^data.path is '.*copy.npz' in .*; it should be '.*here.npz'"),
+        ("here.npz", "copy.npz", r'^data.path is ".*copy.npz" in .*; it should be ".*here.npz"'),
     ):
         (folder / "config.yaml").write_text(config.replace(old, new))
         with pytest.raises(UsageError, match=message):
