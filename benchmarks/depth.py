@@ -25,7 +25,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
 from hrm import HRMGemmaForCausalLM
+from hrm.batching import BatchPlan
 from hrm.curriculum import set_depth, stages
 from hrm.data import Encoded, Example, Template, collate, encode
 from hrm.evaluate import predict
@@ -82,7 +83,9 @@ def load(options: argparse.Namespace, dtype: torch.dtype) -> Any:
     """The backbone, or its first layers and its final norm."""
     config = AutoConfig.from_pretrained(options.backbone)
     if options.layers is not None:
-        config.num_hidden_layers, config.layer_types = options.layers, config.layer_types[: options.layers]
+        config.num_hidden_layers = options.layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[: options.layers]
     return AutoModelForCausalLM.from_pretrained(options.backbone, config=config, dtype=dtype)
 
 
@@ -90,22 +93,19 @@ class Batches:
     """All training rows on one device, padded at the end to one width, so that every step has the same shapes."""
 
     def __init__(self, rows: Sequence[Encoded], size: int, pad: int, seed: int, device: torch.device) -> None:
-        if len(rows) < size:
-            raise SystemExit(f"--rows is {len(rows)}; it should be at least --batch-size = {size}")
         ids, _, labels = collate(rows, pad)
         self.ids, self.labels, self.size = ids.to(device), labels.to(device), size
-        targets = next_token_targets(self.labels, None)
+        targets, width = next_token_targets(self.labels, None), ids.shape[1]
         scored = targets != IGNORED
         assert (scored.sum(1) == scored[0].sum()).all()  # a letter and an end, as many in each row
         self.places = scored.nonzero()[:, 1].view(len(rows), -1)
         self.targets = targets.gather(1, self.places)
-        self._draw = torch.Generator().manual_seed(seed)
+        self._plan = BatchPlan([width] * len(rows), batch_size=size, steps=0, seed=seed)
 
     def __iter__(self) -> Iterator[Tensor]:
         """The places of `size` rows each, on the CPU: every row once before any comes again, without end."""
-        while True:
-            parts = torch.randperm(len(self.ids), generator=self._draw).split(self.size)
-            yield from parts[: len(self.ids) // self.size]
+        for batch in count():
+            yield torch.tensor(self._plan.rows(batch))
 
 
 class Run:

@@ -405,8 +405,9 @@ def collate(rows: Sequence[Encoded], pad: int) -> Batch:
     width = max(len(row.tokens) for row in rows)
     batch = Batch(*(torch.full((len(rows), width), fill) for fill in (pad, 0, IGNORED)))
     for index, row in enumerate(rows):
-        length = len(row.tokens)
-        batch.input_ids[index, :length] = torch.tensor(row.tokens)
+        tokens = row.tokens
+        length = len(tokens)
+        batch.input_ids[index, :length] = torch.tensor(tokens)
         batch.attention_mask[index, :length] = 1
         batch.labels[index, :length] = torch.tensor(row.labels)
     return batch

@@ -132,10 +132,12 @@ def unwritable(folder: Path) -> Iterator[None]:
         raise UsageError(f"{folder} cannot be written: {error}") from error
 
 
-def check_manifest(folder: Path) -> None:
-    """Raises a UsageError that names the file of a `replace_folder` that is missing or not as it was written."""
-    for name, digest in read_json(folder / MANIFEST).items():
-        path = folder / name
+def check_manifest(folder: Path, names: Collection[str] = ()) -> None:
+    """Raises a UsageError that names the file of a `replace_folder`, of `names` or of all, that is missing or not as it
+    was written."""
+    digests = read_json(folder / MANIFEST, names)
+    for name in names or digests:
+        path, digest = folder / name, digests[name]
         if not path.is_file():
             raise UsageError(f"{path} is no file")
         if sha256_of(path) != digest:

@@ -28,7 +28,6 @@ from hrm.running import (
     Interrupted,
     StopOnInterrupt,
     TrainingError,
-    check_settings,
     joined_processes,
     locked,
     on_each,
@@ -37,7 +36,7 @@ from hrm.running import (
     run_folder,
 )
 from hrm.runs import METRICS, append_line
-from hrm.saving import check_manifest, checkpoints, read_json, unwritable
+from hrm.saving import checkpoints, unwritable
 from hrm.settings import (
     UsageError,
     check_length,
@@ -48,7 +47,7 @@ from hrm.settings import (
 )
 from hrm.sharding import check_sharding, is_sharded, whole_state
 from hrm.trainer import HRMTrainer
-from hrm.training_state import PROGRESS
+from hrm.training_state import check_record
 
 MODEL = "checkpoint"  # folder of a run: the trained model with its tokenizer
 
@@ -80,15 +79,11 @@ def _check(settings: Any, processes: int) -> None:
 
 def _check_record(settings: Any) -> None:
     """That a run to go on with has its settings still, before anything is loaded or written."""
-    saved = checkpoints(Path(settings.run.resume)) if settings.run.resume is not None else []
-    if not saved:
+    if settings.run.resume is None:
         return
-    try:
-        check_manifest(saved[-1])
-        before = read_json(saved[-1] / PROGRESS, ("settings",))["settings"]
-    except UsageError:
-        return  # a damaged checkpoint is told with all that is wrong with it, when it is loaded
-    check_settings(before, recorded(settings), Path(settings.run.resume))
+    run = Path(settings.run.resume)
+    if saved := checkpoints(run):
+        check_record(saved[-1], recorded(settings), run)
 
 
 def _fine_tune(settings: Any, processes: PartialState, console: Console, exporter: list[TrainerCallback]) -> Path:

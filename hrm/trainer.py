@@ -50,7 +50,7 @@ class HRMTrainer(Trainer):
         pad: token id that fills rows up.
         steps: optimizer steps.
         callbacks: see `hrm.monitor`.
-        recorded: of the run's settings (`hrm.running.recorded`); a checkpoint of others is refused.
+        recorded: of the run's settings (`hrm.running.recorded`), which checkpoints keep.
     """
 
     def __init__(
@@ -340,7 +340,7 @@ class HRMTrainer(Trainer):
             raise TrainingError(self._no_way_on())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        check_training(self, Path(resume_from_checkpoint))
+        check_training(Path(resume_from_checkpoint))
         whole = self.core_model if model is None else model
         load_weights(Path(resume_from_checkpoint), whole)
 

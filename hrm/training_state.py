@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import random
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,11 +80,16 @@ def save_training(trainer: HRMTrainer, folder: Path) -> None:
         raise
 
 
-def check_training(trainer: HRMTrainer, folder: Path) -> None:
-    """Raises a UsageError that names the file of a checkpoint that is missing or damaged, or a setting that is not what
-    the run was started with."""
+def check_training(folder: Path) -> None:
+    """Raises a UsageError that names the file of a checkpoint that is missing or damaged."""
     check_manifest(folder)
-    check_settings(read_json(folder / PROGRESS, ("settings",))["settings"], trainer.recorded, trainer.folder)
+
+
+def check_record(folder: Path, now: Mapping[str, Any], run: Path) -> None:
+    """Raises a UsageError that names the setting of the run in `run`, `now`, that is not what the checkpoint `folder`
+    was written with. Reads one small file, so that it can be asked before anything is loaded."""
+    check_manifest(folder, (PROGRESS,))
+    check_settings(read_json(folder / PROGRESS, ("settings",))["settings"], now, run)
 
 
 def load_weights(folder: Path, model: torch.nn.Module) -> None:
