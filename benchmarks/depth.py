@@ -7,7 +7,9 @@ Arms, all with the two adapters, the same rows, batches and learning rates:
     one-step    N x T, the gradient of one step (1/1)
     ramp        N x T, the gradient of the whole last cycle (T/1), depth growing in the first half of the time
     full        N x T, the gradient of all cycles (T/N), the only one that reaches other tokens through the core
-    segments    ramp, and up to 4 segments under ACT; without a CUDA graph, since the data say what is run
+    segments    the same N cycles as `--segments` segments: each has a loss of its own, and its gradient reaches all of
+                its own cycles
+    act         the same under ACT; without a CUDA graph, since the data say what is run
 
 Every arm and seed trains for `--seconds` of wall time on one device (or `--steps` steps), learning rates and depth as
 functions of the time spent. Then its answers to unseen problems are judged by depth, trained ones and deeper, and again
@@ -40,7 +42,7 @@ from hrm import HRMGemmaForCausalLM
 from hrm.batching import BatchPlan
 from hrm.curriculum import set_depth, stages
 from hrm.data import Encoded, Example, Template, collate, encode
-from hrm.evaluate import predict
+from hrm.evaluate import Depth, predict
 from hrm.loss import IGNORED, next_token_targets
 from hrm.tasks import OPTIONS, texts
 from hrm.train import load_tokenizer
@@ -54,16 +56,18 @@ class Arm:
     core: dict[str, Any] | None  # in place of the default core's; None: the core is not run
     reach: str = "step"  # of the gradient: the last step, the last cycle, or all
     ramp: bool = False  # whether depth grows in the first half of the time
+    cut: bool = False  # whether the cycles are cut into segments
 
 
-ACT = {"act": True, "max_segments": 4, "exploration": 0.2, "segments": 1}
+ACT = {"act": True, "exploration": 0.2}
 ARMS = {
     "lora": Arm(None),
     "control": Arm({"h_cycles": 1, "l_steps": 1}),
     "one-step": Arm({}),
     "ramp": Arm({}, "cycle", ramp=True),
     "full": Arm({}, "all"),
-    "segments": Arm(ACT, "cycle", ramp=True),
+    "segments": Arm({}, "all", cut=True),
+    "act": Arm(ACT, "all", cut=True),
 }
 NOT_KEPT = ("output", "plot", "merge", "backbone")
 CORE = {"d_l": 1280, "d_h": 1280, "h_cycles": 4, "l_steps": 4}
@@ -118,6 +122,10 @@ class Run:
         half = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         backbone = load(options, half).to(self.device)
         core = {**CORE, **json.loads(options.core), **(self.arm.core or {})}
+        if self.arm.cut:
+            most = options.segments
+            core |= {"h_cycles": core["h_cycles"] // most, "max_segments": most}
+            core["segments"] = 1 if core.get("act") else most
         core["grad_l_steps"] = 1 if self.arm.reach == "step" else core["l_steps"]
         core["grad_cycles"] = core["h_cycles"] if self.arm.reach == "all" else 1
         self.model = HRMGemmaForCausalLM.from_backbone(backbone, hrm=core, lora=not options.frozen).train()
@@ -232,8 +240,7 @@ class Run:
         """Share of right answers by depth: as trained, and with each N, T, segments of `_other_depths`."""
         config, found = self.model.hrm.config, {}
         for how in ("trained", *self._other_depths()):
-            for name, value in self.full.to_dict().items():
-                setattr(config, name, value)
+            self._as_trained()
             segments = None
             if how != "trained":
                 config.h_cycles, config.l_steps, segments = how
@@ -243,9 +250,27 @@ class Run:
             found["trained" if how == "trained" else "N{} T{} M{}".format(*how)] = by_depth(right, depths)
         return found
 
+    def segments_used(self, rows: Sequence[Encoded], depths: Sequence[int], pad: int) -> dict[int, float]:
+        """Segments a token where halting decides, by the depth of the problem."""
+        used = {}
+        self._as_trained()
+        for depth in sorted(set(depths)):
+            own = [row for row, of in zip(rows, depths, strict=True) if of == depth]
+            with Depth(self.model) as counted:
+                predict(self.model, own, pad, batch_size=self.options.judge_batch)
+            used[depth] = counted.mean
+        return used
+
+    def _as_trained(self) -> None:
+        for name, value in self.full.to_dict().items():
+            setattr(self.model.hrm.config, name, value)
+
     def _other_depths(self) -> list[tuple[int, int, int]]:
         """N, T and segments to judge a core with depth at: less and more of each than it was trained with."""
         n, t = self.full.h_cycles, self.full.l_steps
+        if self.arm.cut:
+            most = self.options.segments
+            return [(n, t, count) for count in (*range(1, most + 1), 2 * most)]
         if self.arm.core is None or n == 1:
             return []
         cycles = sorted({1, n // 2, n + 1, 2 * n})
@@ -379,6 +404,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--judge-batch", type=int, default=512)
     parser.add_argument("--core", default="{}", help="fields of the core as JSON, in place of the default ones")
+    parser.add_argument("--segments", type=int, default=3, help="into which two arms cut the N cycles")
     parser.add_argument("--core-lr", type=float, default=2e-4)
     parser.add_argument("--adapter-lr", type=float, default=5e-4)
     parser.add_argument("--layers", type=int, help="of the backbone, the first ones; default: all")
@@ -410,6 +436,8 @@ def main() -> None:
             run = Run(options, name, seed)
             trained = run.train(Batches(rows, options.batch_size, tokenizer.pad_token_id, seed, run.device))
             found = run.judge(judged, depths, tokenizer.pad_token_id)
+            if run.full.act:
+                trained["segments_used"] = run.segments_used(judged, depths, tokenizer.pad_token_id)
             results["runs"].append({"arm": name, "seed": seed, **trained, "judged": found})
             options.output.write_text(json.dumps(results, indent=1))
             results = json.loads(options.output.read_text())  # depths as text, as the file has them

@@ -27,7 +27,7 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> argparse.Namespace:
     return argparse.Namespace(
         backbone=str(backbone), task="pointer_chase", objects=7, max_depth=3, judge_depths=[1, 5], judged=6, rows=20,
         questions=4, batch_size=8, judge_batch=8, core=CORE, core_lr=3e-3, adapter_lr=3e-3, layers=None, frozen=False,
-        steps=6, seconds=0.0,
+        segments=2, steps=6, seconds=0.0,
     )  # fmt: skip
 
 
@@ -65,7 +65,7 @@ def test_every_row_comes_once_before_any_comes_again(made: tuple) -> None:
     assert sorted(chosen[:20].tolist()) == sorted(chosen[20:].tolist()) == list(range(20))
 
 
-@pytest.mark.parametrize("name", ["lora", "control", "full"])
+@pytest.mark.parametrize("name", ["lora", "control", "full", "segments"])
 def test_the_loss_is_the_models_own(options: argparse.Namespace, made: tuple, name: str) -> None:
     (rows, _, _), tokenizer = made
     run, batches = depth.Run(options, name, 0), depth.Batches(rows, 8, tokenizer.pad_token_id, 0, torch.device("cpu"))
@@ -85,9 +85,11 @@ def test_an_arm_trains_and_is_judged(options: argparse.Namespace, made: tuple, n
     run = depth.Run(options, name, 0)
     trained = run.train(depth.Batches(rows, 8, tokenizer.pad_token_id, 0, torch.device("cpu")))
     assert trained["steps"] == len(trained["losses"]) == 6
-    assert trained["losses"][-1] < trained["losses"][0] or name == "segments"  # its Q head rises
+    assert trained["losses"][-1] < trained["losses"][0] or name == "act"  # its Q head rises
     found = run.judge(held_out, depths, tokenizer.pad_token_id)
     assert all(set(shares) == {1, 5} for shares in found.values())
-    assert len(found) == (1 if name in ("lora", "control") else 8)
+    assert len(found) == {"lora": 1, "control": 1, "segments": 4, "act": 4}.get(name, 8)
+    if name == "act":
+        assert all(1 <= used <= 2 for used in run.segments_used(held_out, depths, tokenizer.pad_token_id).values())
     moved = run.model.hrm.w_out.abs().sum().item()
     assert (moved == 0) == (name == "lora")  # the adapters alone
