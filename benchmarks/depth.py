@@ -29,7 +29,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -93,15 +93,36 @@ def load(options: argparse.Namespace, dtype: torch.dtype) -> Any:
     return AutoModelForCausalLM.from_pretrained(options.backbone, config=config, dtype=dtype)
 
 
+class Asked(NamedTuple):
+    """A row as `collate` takes it: a text and its questions, whose answers are learnt but stand nowhere in it."""
+
+    tokens: list[int]
+    labels: list[int]  # -100, or in the place after a question's last token its answer
+
+
+def unanswered(row: Encoded) -> Asked:
+    """`row` with its answers' last tokens, their letters, to be told at the end of the questions, and no answer left in
+    the text, where it would help with later questions."""
+    tokens, labels, answer = [], [], []  # type: list[int], list[int], list[int]
+    for token, label in zip(row.tokens, row.labels, strict=True):
+        if label != IGNORED:
+            answer.append(label)
+            continue
+        tokens.append(token)
+        labels.append(answer[-2] if answer else IGNORED)  # the last is the end of the text
+        answer = []
+    return Asked([*tokens, answer[-1]], [*labels, answer[-2]])
+
+
 class Batches:
     """All training rows on one device, padded at the end to one width, so that every step has the same shapes."""
 
-    def __init__(self, rows: Sequence[Encoded], size: int, pad: int, seed: int, device: torch.device) -> None:
+    def __init__(self, rows: Sequence[Asked], size: int, pad: int, seed: int, device: torch.device) -> None:
         ids, _, labels = collate(rows, pad)
         self.ids, self.labels, self.size = ids.to(device), labels.to(device), size
         targets, width = next_token_targets(self.labels, None), ids.shape[1]
         scored = targets != IGNORED
-        assert (scored.sum(1) == scored[0].sum()).all()  # a letter and an end, as many in each row
+        assert (scored.sum(1) == scored[0].sum()).all()  # as many questions in each row
         self.places = scored.nonzero()[:, 1].view(len(rows), -1)
         self.targets = targets.gather(1, self.places)
         self._plan = BatchPlan([width] * len(rows), batch_size=size, steps=0, seed=seed)
@@ -236,21 +257,26 @@ class Run:
         scores = [self.model._logits(part).float().flatten(0, 1) for part in hidden]
         return torch.stack([F.cross_entropy(part, targets.flatten()) for part in scores]).mean()
 
-    def judge(self, rows: Sequence[Encoded], depths: Sequence[int], pad: int) -> dict[str, dict[int, float]]:
-        """Share of right answers by depth: as trained, and with each N, T, segments of `_other_depths`."""
-        config, found = self.model.hrm.config, {}
+    def judge(
+        self, rows: Sequence[Asked], depths: Sequence[int], pad: int
+    ) -> tuple[dict[str, dict[int, float]], dict[str, float]]:
+        """Share of right answers by depth, and seconds: as trained, and with each N, T, segments of `_other_depths`."""
+        config, found, seconds = self.model.hrm.config, {}, {}
+        predict(self.model, rows[: self.options.judge_batch], pad, batch_size=self.options.judge_batch)  # warm
         for how in ("trained", *self._other_depths()):
             self._as_trained()
             segments = None
             if how != "trained":
                 config.h_cycles, config.l_steps, segments = how
                 config.grad_cycles = config.grad_l_steps = 1
+            name = "trained" if how == "trained" else "N{} T{} M{}".format(*how)
+            began = self._now()
             with self._without_core() if self.arm.core is None else nullcontext():
                 right = predict(self.model, rows, pad, batch_size=self.options.judge_batch, segments=segments)
-            found["trained" if how == "trained" else "N{} T{} M{}".format(*how)] = by_depth(right, depths)
-        return found
+            found[name], seconds[name] = by_depth(right, depths), round(self._now() - began, 3)
+        return found, seconds
 
-    def segments_used(self, rows: Sequence[Encoded], depths: Sequence[int], pad: int) -> dict[int, float]:
+    def segments_used(self, rows: Sequence[Asked], depths: Sequence[int], pad: int) -> dict[int, float]:
         """Segments a token where halting decides, by the depth of the problem."""
         used = {}
         self._as_trained()
@@ -297,8 +323,8 @@ def by_depth(right: Sequence[bool], depths: Sequence[int]) -> dict[int, float]:
     }
 
 
-def make_rows(options: argparse.Namespace, tokenizer: Any) -> tuple[list[Encoded], list[Encoded], list[int]]:
-    """Texts to train on, each with `options.questions` questions as turns, problems to judge by, and their depths.
+def make_rows(options: argparse.Namespace, tokenizer: Any) -> tuple[list[Asked], list[Asked], list[int]]:
+    """Texts to train on, each with `options.questions` questions, problems to judge by, and their depths.
 
     No problem to judge by is about a text that is trained on.
     """
@@ -319,7 +345,8 @@ def make_rows(options: argparse.Namespace, tokenizer: Any) -> tuple[list[Encoded
         for text, asked in islice(made, options.rows)
     ]
     held_out, template = list(judged.values()), Template("{prompt} {answer}")
-    rows, others = (encode(examples, template, tokenizer, 512) for examples in (train, held_out))
+    encoded = (encode(examples, template, tokenizer, 512) for examples in (train, held_out))
+    rows, others = ([unanswered(row) for row in part] for part in encoded)
     return rows, others, [example.entry["depth"] for example in held_out]
 
 
@@ -396,7 +423,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="in place of --seconds")
     parser.add_argument("--task", default="object_swaps", choices=list(OPTIONS))
     parser.add_argument("--objects", type=int, help="default: the task's")
-    parser.add_argument("--questions", type=int, default=1, help="about each text that is trained on, as turns")
+    parser.add_argument("--questions", type=int, default=1, help="about each text that is trained on")
     parser.add_argument("--max-depth", type=int, default=10)
     parser.add_argument("--judge-depths", nargs="+", type=int, default=[2, 4, 6, 8, 10, 12, 14, 16])
     parser.add_argument("--judged", type=int, default=250, help="problems of each depth")
@@ -435,10 +462,10 @@ def main() -> None:
         for name in options.arms:
             run = Run(options, name, seed)
             trained = run.train(Batches(rows, options.batch_size, tokenizer.pad_token_id, seed, run.device))
-            found = run.judge(judged, depths, tokenizer.pad_token_id)
+            found, took = run.judge(judged, depths, tokenizer.pad_token_id)
             if run.full.act:
                 trained["segments_used"] = run.segments_used(judged, depths, tokenizer.pad_token_id)
-            results["runs"].append({"arm": name, "seed": seed, **trained, "judged": found})
+            results["runs"].append({"arm": name, "seed": seed, **trained, "judged": found, "judge_seconds": took})
             options.output.write_text(json.dumps(results, indent=1))
             results = json.loads(options.output.read_text())  # depths as text, as the file has them
             about_it = f"{trained['steps']} steps, loss {trained['losses'][-1]:.3f}"

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -336,6 +336,16 @@ class Encoded(NamedTuple):
         return labels
 
 
+class Row(Protocol):
+    """What a batch is made of."""
+
+    @property
+    def tokens(self) -> list[int]: ...
+
+    @property
+    def labels(self) -> list[int]: ...
+
+
 def encode(
     examples: Sequence[Example],
     template: Template,
@@ -400,7 +410,7 @@ class Batch(NamedTuple):
     labels: Tensor  # (B, S) int64, -100 everywhere but at the answer
 
 
-def collate(rows: Sequence[Encoded], pad: int) -> Batch:
+def collate(rows: Sequence[Row], pad: int) -> Batch:
     """Rows of different lengths as one batch; only answers are scored."""
     width = max(len(row.tokens) for row in rows)
     batch = Batch(*(torch.full((len(rows), width), fill) for fill in (pad, 0, IGNORED)))

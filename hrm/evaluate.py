@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
-from hrm.data import Batch, Encoded, Example, Problems, Template, collate
+from hrm.data import Batch, Example, Problems, Row, Template, collate
 from hrm.loss import IGNORED
 from hrm.modeling import HRMGemmaForCausalLM
 from hrm.runs import read_lines
@@ -89,7 +89,7 @@ class Depth:
 @torch.no_grad()
 def predict(
     model: HRMGemmaForCausalLM,
-    rows: Sequence[Encoded],
+    rows: Sequence[Row],
     pad: int,
     *,
     batch_size: int,

@@ -37,25 +37,35 @@ def made(options: argparse.Namespace) -> tuple:
     return depth.make_rows(options, tokenizer), tokenizer
 
 
-def test_rows_are_texts_with_their_questions_as_turns(made: tuple) -> None:
+def test_rows_are_texts_with_questions_and_answers_stand_beside_them(made: tuple) -> None:
     (rows, held_out, depths), tokenizer = made
     batches = depth.Batches(rows, 8, tokenizer.pad_token_id, 0, torch.device("cpu"))
     assert len(rows) == 20 and depths == [1] * 6 + [5] * 6
-    for ids, labels in zip(batches.ids, batches.labels, strict=True):
-        text = tokenizer.decode(ids[ids != tokenizer.pad_token_id])
-        turns = text.removesuffix("<eos>").split("<eos>")
-        assert len(turns) == len(set(turns)) == 4
-        follows = dict(pair.split() for pair in turns[0].rpartition(",")[0].split(", "))
-        for turn in turns:
-            question, answer = turn.rsplit("? ", 1)
-            steps, place = question.split()[-3], question.split()[-1]
-            for _ in range(int(steps)):
-                place = follows[place]
-            assert answer == place
-        answers = "".join(turn[-2:] + "<eos>" for turn in turns)  # the space goes with the answer
-        assert tokenizer.decode(labels[labels != IGNORED]) == answers
-    trained = {tokenizer.decode(row.prompt).rpartition(",")[0] for row in rows}
-    assert not trained & {tokenizer.decode(row.prompt).rpartition(",")[0] for row in held_out}
+    for ids, places, targets in zip(batches.ids, batches.places, batches.targets, strict=True):
+        assert_answered(tokenizer, ids, places, targets, 4)
+    for row, steps in zip(held_out, depths, strict=True):
+        ids = torch.tensor(row.tokens)
+        assert row.labels[:-1] == [IGNORED] * (len(ids) - 1)  # the answer is learnt where the question ends
+        assert_answered(tokenizer, ids, torch.tensor([len(ids) - 2]), torch.tensor(row.labels[-1:]), 1)
+        assert int(tokenizer.decode(ids).split()[-3]) == steps
+    assert not {table(tokenizer, row) for row in rows} & {table(tokenizer, row) for row in held_out}
+
+
+def table(tokenizer: object, row: object) -> str:
+    return tokenizer.decode(row.tokens).rpartition(",")[0]
+
+
+def assert_answered(tokenizer: object, ids: torch.Tensor, places: torch.Tensor, targets: torch.Tensor, count: int):
+    text = tokenizer.decode(ids[ids != tokenizer.pad_token_id]).removesuffix("<eos>")
+    arrows, _, asked = text.rpartition(",")
+    follows, questions = dict(pair.split() for pair in arrows.split(", ")), asked.removesuffix("?").split("?")
+    assert len(questions) == len(set(questions)) == count
+    for question, place, target in zip(questions, places, targets, strict=True):
+        assert tokenizer.decode(ids[: place + 1]).endswith(question + "?")
+        steps, _, at = question.split()
+        for _ in range(int(steps)):
+            at = follows[at]
+        assert tokenizer.decode(target).strip() == at
 
 
 def test_every_row_comes_once_before_any_comes_again(made: tuple) -> None:
@@ -86,7 +96,8 @@ def test_an_arm_trains_and_is_judged(options: argparse.Namespace, made: tuple, n
     trained = run.train(depth.Batches(rows, 8, tokenizer.pad_token_id, 0, torch.device("cpu")))
     assert trained["steps"] == len(trained["losses"]) == 6
     assert trained["losses"][-1] < trained["losses"][0] or name == "act"  # its Q head rises
-    found = run.judge(held_out, depths, tokenizer.pad_token_id)
+    found, seconds = run.judge(held_out, depths, tokenizer.pad_token_id)
+    assert found.keys() == seconds.keys()
     assert all(set(shares) == {1, 5} for shares in found.values())
     assert len(found) == {"lora": 1, "control": 1, "segments": 4, "act": 4}.get(name, 8)
     if name == "act":
