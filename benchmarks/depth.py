@@ -133,6 +133,25 @@ class Batches:
             yield torch.tensor(self._plan.rows(batch))
 
 
+class Whitening:
+    """h -> decorrelated, centred coordinates of equal power, fitted to a sample of hidden states; for `--whiten`.
+
+    Directions with less than a thousandth of the mean power are lifted no further than that.
+    """
+
+    def __init__(self, h: Tensor) -> None:
+        x = (h / h.pow(2).mean(-1, keepdim=True).sqrt()).flatten(0, -2).double()
+        self.mean = x.mean(0)
+        power, directions = torch.linalg.eigh(torch.cov((x - self.mean).T))
+        self.map = (directions * (power + 1e-3 * power.mean()).rsqrt()) @ directions.T
+        self.mean, self.map = self.mean.float(), self.map.float()
+
+    def __call__(self, h: Tensor) -> Tensor:
+        with torch.autocast(h.device.type, enabled=False):
+            x = h.float() / h.float().pow(2).mean(-1, keepdim=True).sqrt()
+            return ((x - self.mean) @ self.map).to(h.dtype)
+
+
 class Run:
     """One arm with one seed."""
 
@@ -163,12 +182,23 @@ class Run:
     def train(self, batches: Batches) -> dict[str, Any]:
         """Steps until the time is spent; returns steps, seconds and the mean loss of each twentieth of the steps."""
         decoder = self.model.get_decoder()
+        if self.options.whiten and self.arm.core is not None:
+            self._whiten(batches)
         decoder.forward = self._compiled
         try:
             return self._train(batches)
         finally:
             del decoder.forward  # judged as it is: one shape a batch there
             self._replayed = None
+
+    @torch.no_grad()
+    def _whiten(self, batches: Batches) -> None:
+        """What the core reads is whitened from now on; the read-out is still added to the backbone's own state."""
+        ids = batches.ids[:256]
+        h = self.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state.float()
+        real = torch.arange(ids.shape[1], device=ids.device) <= batches.places[: len(ids)].amax(1, keepdim=True)
+        whitening = Whitening(h[real])
+        self.model.hrm.register_forward_pre_hook(lambda core, given: (whitening(given[0]), *given[1:]))
 
     def _train(self, batches: Batches) -> dict[str, Any]:
         options, losses = self.options, []
@@ -436,6 +466,7 @@ def main() -> None:
     parser.add_argument("--adapter-lr", type=float, default=5e-4)
     parser.add_argument("--layers", type=int, help="of the backbone, the first ones; default: all")
     parser.add_argument("--frozen", action="store_true", help="no adapters: the core alone is trained")
+    parser.add_argument("--whiten", action="store_true", help="what the core reads: directions of equal power")
     parser.add_argument("--output", type=Path, default=Path("depth.json"))
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--merge", nargs="+", type=Path, help="files of arms or seeds that ran side by side")

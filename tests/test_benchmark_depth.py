@@ -27,7 +27,7 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> argparse.Namespace:
     return argparse.Namespace(
         backbone=str(backbone), task="pointer_chase", objects=7, max_depth=3, judge_depths=[1, 5], judged=6, rows=20,
         questions=4, batch_size=8, judge_batch=8, core=CORE, core_lr=3e-3, adapter_lr=3e-3, layers=None, frozen=False,
-        segments=2, steps=6, seconds=0.0,
+        whiten=False, segments=2, steps=6, seconds=0.0,
     )  # fmt: skip
 
 
@@ -104,3 +104,24 @@ def test_an_arm_trains_and_is_judged(options: argparse.Namespace, made: tuple, n
         assert all(1 <= used <= 2 for used in run.segments_used(held_out, depths, tokenizer.pad_token_id).values())
     moved = run.model.hrm.w_out.abs().sum().item()
     assert (moved == 0) == (name == "lora")  # the adapters alone
+
+
+def test_whitening_gives_every_direction_that_matters_the_same_power() -> None:
+    draw = torch.Generator().manual_seed(0)
+    h = torch.randn(4000, 8, generator=draw) * torch.tensor([5.0, 3, 2, 1, 1, 0.5, 0.3, 0.2]) + 2
+    white = depth.Whitening(h)(h)
+    torch.testing.assert_close(white.mean(0), torch.zeros(8), atol=1e-3, rtol=0)
+    power = torch.linalg.eigvalsh(torch.cov(white.T))
+    assert power[0] > 0.8 and power[-1] < 1.1
+
+
+def test_a_whitened_core_is_judged_as_it_was_trained(options: argparse.Namespace, made: tuple) -> None:
+    (rows, held_out, depths), tokenizer = made
+    plain, whitened = ({**vars(options), "whiten": on, "frozen": True} for on in (False, True))
+    losses = []
+    for own in (plain, whitened):
+        run = depth.Run(argparse.Namespace(**own), "full", 0)
+        losses.append(run.train(depth.Batches(rows, 8, tokenizer.pad_token_id, 0, torch.device("cpu")))["losses"])
+    assert losses[0][0] == losses[1][0] and losses[0][-1] != losses[1][-1]  # the read-out starts at zero
+    assert len(run.model.hrm._forward_pre_hooks) == 1
+    run.judge(held_out, depths, tokenizer.pad_token_id)
