@@ -48,7 +48,7 @@ class Ring:
         self.objects = objects
         embeddings = torch.randn(4, objects, hidden, generator=draw), torch.randn(objects, hidden, generator=draw)
         (self.from_here, self.to, self.start, self.steps), self.head = (part.to(device) for part in embeddings)
-        self.head *= (64 / hidden) ** 0.5  # logits of one size at all widths
+        self.head *= 64 / hidden  # one step of the read-out moves the logits alike at all widths
 
     def draw(self, rows: int, questions: int, draw: torch.Generator, steps: range) -> Rows:
         """Rows, each with `questions` questions of as many steps as `steps` holds, evenly."""
@@ -69,7 +69,7 @@ class Ring:
 def make_core(options: argparse.Namespace, device: torch.device) -> HRMCore:
     """A core of the settings; gradients through all cycles and steps where nothing else is said."""
     torch.manual_seed(options.seed)
-    few = {"head_size": 32, "attn_heads": 4, "attn_kv_heads": 4} if options.width < 512 else {}
+    few = {"head_size": 32, "attn_heads": 4, "attn_kv_heads": 4} if options.hidden < 512 else {}
     config = HRMConfig(
         hidden_size=options.hidden, d_l=options.width, d_h=options.width, h_cycles=options.cycles,
         l_steps=options.l_steps, grad_cycles=options.grad_cycles or options.cycles,

@@ -43,7 +43,7 @@ def quickstart_defaults() -> dict[str, Any]:
             "size": 4000 if on_gpu else 1000,
             "template": "Question: {prompt}\nAnswer: {answer}",
         },
-        "train": {"steps": 60 if on_gpu else 72, "batch_size": 32 if on_gpu else 8},
+        "train": {"steps": 60 if on_gpu else 72, "batch_size": 32 if on_gpu else 8, "core_lr": 2e-4},
         "eval": {"max_new_tokens": 8, "shots": 2, "batch_size": 64 if on_gpu else 32},
         "run": {"name": "quickstart"},
     }

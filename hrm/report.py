@@ -16,14 +16,20 @@ from hrm.plot import plot_run as plot_metrics
 
 
 def print_start(
-    console: Console, model: HRMGemmaForCausalLM, backbone: str, training: int, held_out: int, folder: Path
+    console: Console,
+    model: HRMGemmaForCausalLM,
+    core_lr: float,
+    backbone: str,
+    training: int,
+    held_out: int,
+    folder: Path,
 ) -> None:
     """What is about to be trained, and where its results go."""
     sizes = {part: sum(p.numel() for p in group) / 1e6 for part, group in model.trainable_parameters().items()}
     core = model.hrm.config
     console.print(
         f"{backbone} on {model.device}, {sum(p.numel() for p in model.backbone.parameters()) / 1e6:.0f} M parameters; "
-        f"training the core ({sizes['core']:.1f} M; N={core.h_cycles}, T={core.l_steps}) "
+        f"training the core ({sizes['core']:.1f} M; N={core.h_cycles}, T={core.l_steps}; learning rate {core_lr:.2g}) "
         f"and adapters ({sizes['lora_low'] + sizes['lora_high']:.1f} M)\n"
         f"{training} problems to train on, {held_out} others held out\nRun folder: {folder}",
         markup=False,

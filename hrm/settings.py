@@ -139,8 +139,8 @@ class TrainSection:
     """Depth curriculum: [share of the steps, h_cycles, l_steps] of each stage before the full depth."""
     optimizer: str = "adamw"
     """"adamw", or with bitsandbytes "adamw_8bit" or "paged_adamw_8bit"."""
-    core_lr: float = 2e-4
-    """Peak learning rate of the core; the wider it is, the lower."""
+    core_lr: float | None = None
+    """Peak learning rate of the core; null: 0.08 over the width of its wider state."""
     adapter_lr: float = 5e-4
     """Peak learning rate of the LoRA adapters."""
     warmup: float = 0.1
@@ -437,6 +437,12 @@ def checked(section: str, kind: type, values: Mapping[str, Any]) -> Any:
         raise UsageError(str(error).replace(f"{kind.__name__}: ", f"{section}.", 1)) from error
 
 
+def choose_core_lr(settings: Any) -> None:
+    """Fills in `train.core_lr` where it is null: a core of twice the width wants half the rate (docs/training.md)."""
+    if settings.train.core_lr is None:
+        settings.train.core_lr = 0.08 / max(settings.hrm.d_l, settings.hrm.d_h)
+
+
 def check_training(settings: Any, processes: int = 1) -> None:
     """Raises a UsageError that names the first key whose value makes no sense, for so many processes."""
     for name in ("data.size", "data.held_out", "data.max_length", "train.batch_size", "train.save_every",
@@ -445,8 +451,10 @@ def check_training(settings: Any, processes: int = 1) -> None:
         require(settings, name, lambda value: value >= 1, "at least 1")
     for name in ("train.steps", "train.micro_batch"):
         require(settings, name, lambda value: value is None or value >= 1, "at least 1, or null")
-    for name in ("train.epochs", "train.core_lr", "train.adapter_lr", "train.clip"):
+    for name in ("train.epochs", "train.adapter_lr", "train.clip"):
         require(settings, name, lambda value: 0 < value < math.inf, "a finite number above 0")
+    core_lr = "a finite number above 0, or null"
+    require(settings, "train.core_lr", lambda value: value is None or 0 < value < math.inf, core_lr)
     require(settings, "train.epochs", lambda value: value <= 1e6, "at most a million")
     require(settings, "train.seed", lambda value: 0 <= value < 2**32, "from 0 to 4294967295")
     port = "from 0 (any free one) to 65535, or null"

@@ -41,6 +41,7 @@ from hrm.settings import (
     UsageError,
     check_length,
     check_training,
+    choose_core_lr,
     default_backbone,
     hrm_config,
     lora_dict,
@@ -66,6 +67,7 @@ def fine_tune(settings: Any, console: Console) -> Path:
         if not processes.is_main_process:
             console = Console(quiet=True)
         on_each(processes, lambda: _check(settings, processes.num_processes))
+        choose_core_lr(settings)
         with _exporter(settings.train.prometheus_port, processes, console) as exporter:
             return _fine_tune(settings, processes, console, exporter)
 
@@ -90,7 +92,8 @@ def _fine_tune(settings: Any, processes: PartialState, console: Console, exporte
     job = on_each(processes, lambda: Job.load(settings, console))
     job.warn_of_memory(processes.num_processes, console)
     folder = on_first(processes, lambda: run_folder(settings, settings.run.name))
-    report.print_start(console, job.model, job.backbone, len(job.rows), len(job.problems.held_out), folder)
+    rate = settings.train.core_lr
+    report.print_start(console, job.model, rate, job.backbone, len(job.rows), len(job.problems.held_out), folder)
     run = Run(folder, job, console, processes)
     with ExitStack() as held:
         on_first(processes, lambda: held.enter_context(locked(folder)))
