@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from rich.console import Console
 from tiny_backbone import TINY_CORE, save_tiny_backbone
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -74,6 +75,12 @@ def test_core_and_adapters_have_their_own_learning_rates_and_only_matrices_decay
     placed = [parameter for group in groups for parameter in group["params"]]
     assert {id(p) for p in placed} == {id(p) for p in model.parameters() if p.requires_grad}
     assert len(placed) == len({id(p) for p in placed})
+
+
+@pytest.mark.parametrize(("overrides", "rate"), [((), 0.08 / 48), (("train.core_lr=0.01",), 0.01)])
+def test_the_wider_the_core_the_lower_its_learning_rate_unless_one_is_given(settings, overrides, rate):
+    folder = run(settings("train.steps=1", "hrm.d_l=32", "hrm.d_h=48", *overrides))
+    assert OmegaConf.load(folder / "config.yaml").train.core_lr == pytest.approx(rate)
 
 
 def test_same_seed_same_losses(settings):
