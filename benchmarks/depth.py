@@ -461,7 +461,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--judge-batch", type=int, default=512)
     parser.add_argument("--core", default="{}", help="fields of the core as JSON, in place of the default ones")
-    parser.add_argument("--segments", type=int, default=3, help="into which two arms cut the N cycles")
+    parser.add_argument("--segments", type=int, default=2, help="into which two arms cut the N cycles")
     parser.add_argument("--core-lr", type=float, default=2e-4)
     parser.add_argument("--adapter-lr", type=float, default=5e-4)
     parser.add_argument("--layers", type=int, help="of the backbone, the first ones; default: all")
@@ -475,6 +475,9 @@ def main() -> None:
         parser.error("--arms has lora; without adapters (--frozen) it should not")
     if {"grad_cycles", "grad_l_steps"} & json.loads(options.core).keys():
         parser.error(f"--core is {options.core}; how far the gradient reaches should be left to the arms")
+    cycles = {**CORE, **json.loads(options.core)}["h_cycles"]
+    if any(ARMS[name].cut for name in options.arms) and (options.segments < 1 or cycles % options.segments):
+        parser.error(f"--segments is {options.segments}; it should divide the core's h_cycles = {cycles}")
     options.objects = options.objects or OPTIONS[options.task]["objects"]
     if options.merge:
         results = merged([json.loads(path.read_text()) for path in options.merge])
