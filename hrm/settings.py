@@ -437,10 +437,10 @@ def checked(section: str, kind: type, values: Mapping[str, Any]) -> Any:
         raise UsageError(str(error).replace(f"{kind.__name__}: ", f"{section}.", 1)) from error
 
 
-def choose_core_lr(settings: Any) -> None:
-    """Fills in `train.core_lr` where it is null: a core of twice the width wants half the rate (docs/training.md)."""
-    if settings.train.core_lr is None:
-        settings.train.core_lr = 0.08 / max(settings.hrm.d_l, settings.hrm.d_h)
+def core_lr(train: Any, core: Any) -> float:
+    """`train.core_lr`, or where it is null that of a core as wide as `core` (with d_l and d_h): half the rate for twice
+    the width (docs/training.md, "Problems of known depth")."""
+    return 0.08 / max(core.d_l, core.d_h) if train.core_lr is None else train.core_lr
 
 
 def check_training(settings: Any, processes: int = 1) -> None:

@@ -41,7 +41,7 @@ from hrm.settings import (
     UsageError,
     check_length,
     check_training,
-    choose_core_lr,
+    core_lr,
     default_backbone,
     hrm_config,
     lora_dict,
@@ -67,7 +67,7 @@ def fine_tune(settings: Any, console: Console) -> Path:
         if not processes.is_main_process:
             console = Console(quiet=True)
         on_each(processes, lambda: _check(settings, processes.num_processes))
-        choose_core_lr(settings)
+        settings.train.core_lr = core_lr(settings.train, settings.hrm)  # so that the run's config.yaml says it
         with _exporter(settings.train.prometheus_port, processes, console) as exporter:
             return _fine_tune(settings, processes, console, exporter)
 

@@ -26,7 +26,7 @@ from hrm.loss import IGNORED
 from hrm.modeling import HRMGemmaForCausalLM, HRMOutput
 from hrm.running import TrainingError, check_unchanged, is_out_of_memory, peak_memory
 from hrm.saving import checkpoint_folder, checkpoints, remove_old_checkpoints, step_of
-from hrm.settings import UsageError
+from hrm.settings import UsageError, core_lr
 from hrm.sharding import here, set_up_sharding, whole
 from hrm.training_state import check_training, load_optimizer, load_rank, load_weights, save_training
 
@@ -89,7 +89,7 @@ class HRMTrainer(Trainer):
         return TrainingArguments(
             output_dir=str(self.folder),
             max_steps=steps,
-            learning_rate=settings.core_lr,
+            learning_rate=core_lr(settings, self.core_model.hrm.config),
             max_grad_norm=settings.clip,
             bf16=cuda,
             use_cpu=not cuda,
@@ -498,13 +498,13 @@ def digest_backbone(model: HRMGemmaForCausalLM) -> str:
 
 def make_optimizer(model: HRMGemmaForCausalLM, settings: Any) -> torch.optim.Optimizer:
     """AdamW with the core's and the adapters' own learning rates, in this order; only the core's matrices decay."""
-    groups = model.trainable_parameters()
+    groups, rate = model.trainable_parameters(), core_lr(settings, model.hrm.config)
     matrices = [p for p in groups["core"] if p.ndim > 1]
     biases = [p for p in groups["core"] if p.ndim == 1]
     adapters = groups["lora_low"] + groups["lora_high"]
     parts: list[dict[str, Any]] = [
-        {"params": matrices, "lr": settings.core_lr, "weight_decay": settings.weight_decay},
-        {"params": biases, "lr": settings.core_lr, "weight_decay": 0.0},
+        {"params": matrices, "lr": rate, "weight_decay": settings.weight_decay},
+        {"params": biases, "lr": rate, "weight_decay": 0.0},
         {"params": adapters, "lr": settings.adapter_lr, "weight_decay": 0.0},
     ]
     parts = [part for part in parts if part["params"]]

@@ -75,6 +75,8 @@ def test_core_and_adapters_have_their_own_learning_rates_and_only_matrices_decay
     placed = [parameter for group in groups for parameter in group["params"]]
     assert {id(p) for p in placed} == {id(p) for p in model.parameters() if p.requires_grad}
     assert len(placed) == len({id(p) for p in placed})
+    options.core_lr = None
+    assert make_optimizer(model, options).param_groups[0]["lr"] == 0.08 / 32
 
 
 @pytest.mark.parametrize(("overrides", "rate"), [((), 0.08 / 48), (("train.core_lr=0.01",), 0.01)])
