@@ -62,7 +62,7 @@ class Ring:
         return Rows(x, order.gather(1, (start + count) % n))
 
     def scores(self, core: HRMCore, z_h: Tensor) -> Tensor:
-        """(..., d_h) -> logits (..., objects), of unit size where the read-out's weights are."""
+        """z_H (..., d_h) -> logits (..., objects), float32."""
         return (z_h @ core.w_out @ self.head.T.to(z_h.dtype)).float()
 
 

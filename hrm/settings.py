@@ -453,8 +453,8 @@ def check_training(settings: Any, processes: int = 1) -> None:
         require(settings, name, lambda value: value is None or value >= 1, "at least 1, or null")
     for name in ("train.epochs", "train.adapter_lr", "train.clip"):
         require(settings, name, lambda value: 0 < value < math.inf, "a finite number above 0")
-    core_lr = "a finite number above 0, or null"
-    require(settings, "train.core_lr", lambda value: value is None or 0 < value < math.inf, core_lr)
+    should = "a finite number above 0, or null"
+    require(settings, "train.core_lr", lambda value: value is None or 0 < value < math.inf, should)
     require(settings, "train.epochs", lambda value: value <= 1e6, "at most a million")
     require(settings, "train.seed", lambda value: 0 <= value < 2**32, "from 0 to 4294967295")
     port = "from 0 (any free one) to 65535, or null"
