@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from recording import record
 from torch import Tensor
 
 from hrm import HRMConfig, HRMCore
@@ -138,7 +139,7 @@ def train(options: argparse.Namespace) -> dict[str, object]:
 
 def make_step(core: HRMCore, ring: Ring, options: argparse.Namespace) -> Callable[[Rows, float], Tensor]:
     """A function that trains on rows at a learning rate and returns the last segment's loss."""
-    graph = core.w_x.is_cuda and not options.act  # under ACT the data say what is run
+    graph = core.w_x.is_cuda
     rate = torch.tensor(options.lr, device=core.w_x.device) if graph else options.lr
     optimizer = torch.optim.AdamW(core.parameters(), lr=rate, betas=BETAS, weight_decay=0.0, capturable=graph)
 
@@ -167,15 +168,7 @@ def recorded(
     draw = torch.Generator(core.w_x.device).manual_seed(0)
     held = ring.draw(options.rows, options.questions, draw, range(1, options.most + 1))
     before = {name: value.clone() for name, value in core.state_dict().items()}
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            work(held)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss = work(held)
+    graph, loss = record(lambda: work(held))
     core.load_state_dict(before)
     for state in optimizer.state.values():
         for value in state.values():

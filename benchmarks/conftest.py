@@ -15,12 +15,12 @@ from measurement import (
     ON_GPU,
     Case,
     build_step,
-    captured,
     device_seconds,
     peak_bytes,
     replayed,
     skip_what_means_nothing,
 )
+from recording import record
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +54,7 @@ def measure(benchmark) -> Callable[[str, Case], None]:
         )
         if ON_GPU:
             benchmark.extra_info["peak_bytes"] = peak_bytes(step)
-            step = captured(step) if replayed(variant, case) else step
+            step = record(step)[0].replay if replayed(variant, case) else step
             benchmark.extra_info["seconds"] = device_seconds(step, back_to_back=case.tokens <= FEW)
             benchmark.pedantic(lambda: (step(), torch.cuda.synchronize()), rounds=10, warmup_rounds=2)
         else:

@@ -9,7 +9,10 @@ Arms, all with the two adapters, the same rows, batches and learning rates:
     full        N x T, the gradient of all cycles (T/N), the only one that reaches other tokens through the core
     segments    the same N cycles as `--segments` segments: each has a loss of its own, and its gradient reaches all of
                 its own cycles
-    act         the same under ACT; without a CUDA graph, since the data say what is run
+    act         the same under ACT, where halted rows are computed on, as a CUDA graph has to, and not scored
+
+With `--at LAYER` the core stands behind that layer of the backbone, and the layers after it run once on what it gives
+(single segments alone).
 
 Every arm and seed trains for `--seconds` of wall time on one device (or `--steps` steps), learning rates and depth as
 functions of the time spent. Then its answers to unseen problems are judged by depth, trained ones and deeper, and again
@@ -33,17 +36,18 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from recording import record
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
-from hrm import HRMGemmaForCausalLM
+from hrm import HRMConfig, HRMCore, HRMGemmaForCausalLM
 from hrm.batching import BatchPlan
 from hrm.curriculum import set_depth, stages
 from hrm.data import Encoded, Example, Template, collate, encode
 from hrm.evaluate import Depth, predict
-from hrm.loss import IGNORED, next_token_targets
+from hrm.loss import IGNORED, next_token_targets, q_loss, token_mean
 from hrm.tasks import OPTIONS, texts
 from hrm.train import load_tokenizer
 from hrm.trainer import lr_factor, make_optimizer
@@ -70,6 +74,7 @@ ARMS = {
     "act": Arm(ACT, "all", cut=True),
 }
 NOT_KEPT = ("output", "plot", "merge", "backbone")
+NO_CORE = {"d_l": 64, "d_h": 64, "h_cycles": 1, "l_steps": 1}  # at the end, where another stands inside
 CORE = {"d_l": 1280, "d_h": 1280, "h_cycles": 4, "l_steps": 4}
 
 
@@ -168,16 +173,35 @@ class Run:
             core["segments"] = 1 if core.get("act") else most
         core["grad_l_steps"] = 1 if self.arm.reach == "step" else core["l_steps"]
         core["grad_cycles"] = core["h_cycles"] if self.arm.reach == "all" else 1
-        self.model = HRMGemmaForCausalLM.from_backbone(backbone, hrm=core, lora=not options.frozen).train()
-        if self.arm.core is None:
-            self.model.hrm.requires_grad_(False)
+        self._last = options.at is None and self.arm.core is not None  # the model's own core is the one that is run
+        own = core if options.at is None else NO_CORE
+        self.model = HRMGemmaForCausalLM.from_backbone(backbone, hrm=own, lora=not options.frozen).train()
+        self.core = self.model.hrm
+        if not self._last:
+            self.core.requires_grad_(False)
         self.optimizer = make_optimizer(self.model, Rates(options.core_lr, options.adapter_lr))
+        if options.at is not None and self.arm.core is not None:
+            self.core = self._inside(core, options.at)
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
-        self.full = self.model.hrm.config.from_dict(self.model.hrm.config.to_dict())
+        self.full = self.core.config.from_dict(self.core.config.to_dict())
         self.steps, self._replayed = 0, None
         decoder = self.model.get_decoder()
         on_gpu = self.device.type == "cuda"
         self._compiled = torch.compile(decoder.forward, dynamic=False) if on_gpu else decoder.forward
+
+    def _inside(self, core: dict[str, Any], at: int) -> HRMCore:
+        """A core behind layer `at`, in the optimizer; what it gives is added in units of the hidden state's own size,
+        which grows from layer to layer."""
+        layers = self.model.get_decoder().layers
+        inside = HRMCore(HRMConfig(**core, hidden_size=self.model.hrm.config.hidden_size)).to(self.device)
+        self.optimizer.add_param_group({"params": list(inside.parameters()), "lr": self.options.core_lr})
+
+        def read(layer: object, given: object, h: Tensor) -> Tensor:
+            size = h.detach().float().pow(2).mean(-1, keepdim=True).sqrt()
+            return h + inside.read_out(torch.zeros_like(h), inside(h).z_h) * size.to(h.dtype)
+
+        layers[at - 1].register_forward_hook(read)
+        return inside
 
     def train(self, batches: Batches) -> dict[str, Any]:
         """Steps until the time is spent; returns steps, seconds and the mean loss of each twentieth of the steps."""
@@ -198,7 +222,7 @@ class Run:
         h = self.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state.float()
         real = torch.arange(ids.shape[1], device=ids.device) <= batches.places[: len(ids)].amax(1, keepdim=True)
         whitening = Whitening(h[real])
-        self.model.hrm.register_forward_pre_hook(lambda core, given: (whitening(given[0]), *given[1:]))
+        self.core.register_forward_pre_hook(lambda core, given: (whitening(given[0]), *given[1:]))
 
     def _train(self, batches: Batches) -> dict[str, Any]:
         options, losses = self.options, []
@@ -211,7 +235,7 @@ class Run:
             share = self.steps / options.steps if options.steps else seconds / options.seconds
             if share >= 1:
                 break
-            config, before = self.model.hrm.config, self._depth()
+            config, before = self.core.config, self._depth()
             set_depth(config, self.full, depth, int(share * 10**6))
             if self.steps == 0 or self._depth() != before:
                 self._prepare(batches)
@@ -225,32 +249,21 @@ class Run:
         return {"steps": self.steps, "seconds": seconds, "losses": [round(part.mean().item(), 4) for part in parts]}
 
     def _depth(self) -> tuple[int, ...]:
-        config = self.model.hrm.config
+        config = self.core.config
         return config.h_cycles, config.l_steps, config.grad_cycles, config.grad_l_steps
 
     def _prepare(self, batches: Batches) -> None:
-        """Compiles the backbone and records forward and backward pass in a CUDA graph: else the GPU waits for Python.
-
-        No graph under ACT, where what is run depends on the data.
-        """
+        """Compiles the backbone and records forward and backward pass in a CUDA graph, or the GPU waits for Python."""
         self._replayed = None
-        if self.device.type != "cuda" or self.model.hrm.config.act:
-            for _ in range(2):  # kernels are compiled, memory is there
-                self._backward(batches, torch.arange(batches.size, device=self.device))
+        if self.device.type != "cuda":
             return
         self._chosen = torch.arange(batches.size, device=self.device)
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                self.optimizer.zero_grad()
-                self._backward(batches, self._chosen)
-        torch.cuda.current_stream().wait_stream(side)
-        self.optimizer.zero_grad()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._loss = self._backward(batches, self._chosen)
-        self._replayed = graph
+
+        def work() -> Tensor:
+            self.optimizer.zero_grad()  # gradients of the graph's own memory, not of what ran before it
+            return self._backward(batches, self._chosen)
+
+        self._replayed, self._loss = record(work)
 
     def _step(self, batches: Batches, chosen: Tensor, parameters: Sequence[Tensor]) -> Tensor:
         if self._replayed is None:
@@ -266,32 +279,38 @@ class Run:
 
     def _backward(self, batches: Batches, chosen: Tensor) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            if self.model.hrm.config.act:
-                output = self.model(batches.ids[chosen], labels=batches.labels[chosen])
-                assert output.loss is not None
-                loss = output.loss
-            else:
-                loss = self._cross_entropy(batches.ids[chosen], batches.places[chosen], batches.targets[chosen])
+            loss = self._loss_of(batches.ids[chosen], batches.places[chosen], batches.targets[chosen].flatten())
         loss.backward()
         return loss.detach()
 
-    def _cross_entropy(self, ids: Tensor, places: Tensor, targets: Tensor) -> Tensor:
+    def _loss_of(self, ids: Tensor, places: Tensor, targets: Tensor) -> Tensor:
         """The model's loss, with shapes that do not depend on the data. Padding comes last, and no token sees it."""
         h = self.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
         rows = torch.arange(len(ids), device=ids.device)[:, None]
-        if self.arm.core is None:
-            hidden = [h[rows, places]]
-        else:
-            core = self.model.hrm
-            hidden = [core.read_out(h[rows, places], part.z_h[rows, places]) for part in core(h).segments]
-        scores = [self.model._logits(part).float().flatten(0, 1) for part in hidden]
-        return torch.stack([F.cross_entropy(part, targets.flatten()) for part in scores]).mean()
+        if not self._last:
+            return F.cross_entropy(self._scores(h[rows, places]), targets)
+        segments = self.core(h, counted=torch.zeros_like(ids, dtype=torch.bool).scatter(1, places, True)).segments
+
+        def pick(name: str) -> Tensor:  # (M, questions, ...)
+            return torch.stack([getattr(part, name)[rows, places].flatten(0, 1) for part in segments])
+
+        scores = [self._scores(self.core.read_out(h[rows, places], part.z_h[rows, places])) for part in segments]
+        each = torch.stack([F.cross_entropy(part, targets, reduction="none") for part in scores])
+        loss = token_mean(each, pick("active")).mean()
+        if not self.full.act:
+            return loss
+        right = torch.stack([part.argmax(-1) == targets for part in scores])
+        return loss + self.full.q_loss_weight * q_loss(pick("q"), right, pick("active"), pick("last")).mean()
+
+    def _scores(self, hidden: Tensor) -> Tensor:
+        """(B, q, d) -> (B * q, vocabulary) float32."""
+        return self.model._logits(hidden).float().flatten(0, 1)
 
     def judge(
         self, rows: Sequence[Asked], depths: Sequence[int], pad: int
     ) -> tuple[dict[str, dict[int, float]], dict[str, float]]:
         """Share of right answers by depth, and seconds: as trained, and with each N, T, segments of `_other_depths`."""
-        config, found, seconds = self.model.hrm.config, {}, {}
+        config, found, seconds = self.core.config, {}, {}
         predict(self.model, rows[: self.options.judge_batch], pad, batch_size=self.options.judge_batch)  # warm
         for how in ("trained", *self._other_depths()):
             self._as_trained()
@@ -319,7 +338,7 @@ class Run:
 
     def _as_trained(self) -> None:
         for name, value in self.full.to_dict().items():
-            setattr(self.model.hrm.config, name, value)
+            setattr(self.core.config, name, value)
 
     def _other_depths(self) -> list[tuple[int, int, int]]:
         """N, T and segments to judge a core with depth at: less and more of each than it was trained with."""
@@ -330,14 +349,15 @@ class Run:
         if self.arm.core is None or n == 1:
             return []
         cycles = sorted({1, n // 2, n + 1, 2 * n})
-        return [*((cycle, t, 1) for cycle in cycles), (n, 2 * t, 1), (n, t, 2), (n, t, 4)]
+        deeper = [*((cycle, t, 1) for cycle in cycles), (n, 2 * t, 1)]
+        return [*deeper, (n, t, 2), (n, t, 4)] if self._last else deeper
 
     @contextmanager
     def _without_core(self) -> Iterator[None]:
         """The core's read-out is still zero, so that the model is its backbone; only its time is saved."""
-        core, self.model.hrm.config.h_cycles, self.model.hrm.config.l_steps = self.full, 1, 1
+        core, self.core.config.h_cycles, self.core.config.l_steps = self.full, 1, 1
         yield
-        self.model.hrm.config.h_cycles, self.model.hrm.config.l_steps = core.h_cycles, core.l_steps
+        self.core.config.h_cycles, self.core.config.l_steps = core.h_cycles, core.l_steps
 
     def _now(self) -> float:
         if self.device.type == "cuda":
@@ -465,6 +485,7 @@ def main() -> None:
     parser.add_argument("--core-lr", type=float, default=2e-4)
     parser.add_argument("--adapter-lr", type=float, default=5e-4)
     parser.add_argument("--layers", type=int, help="of the backbone, the first ones; default: all")
+    parser.add_argument("--at", type=int, metavar="LAYER", help="the core behind this layer; default: behind the last")
     parser.add_argument("--frozen", action="store_true", help="no adapters: the core alone is trained")
     parser.add_argument("--whiten", action="store_true", help="what the core reads: directions of equal power")
     parser.add_argument("--output", type=Path, default=Path("depth.json"))
@@ -475,6 +496,8 @@ def main() -> None:
         parser.error("--arms has lora; without adapters (--frozen) it should not")
     if {"grad_cycles", "grad_l_steps"} & json.loads(options.core).keys():
         parser.error(f"--core is {options.core}; how far the gradient reaches should be left to the arms")
+    if options.at is not None and (options.whiten or any(ARMS[name].cut for name in options.arms)):
+        parser.error("--at goes with arms of one segment alone, and without --whiten")
     cycles = {**CORE, **json.loads(options.core)}["h_cycles"]
     if any(ARMS[name].cut for name in options.arms) and (options.segments < 1 or cycles % options.segments):
         parser.error(f"--segments is {options.segments}; it should divide the core's h_cycles = {cycles}")

@@ -79,20 +79,6 @@ def replayed(variant: str, case: Case) -> bool:
     return ON_GPU and (case.tokens > FEW or variant == "fused-graph")
 
 
-def captured(step: Callable[[], object]) -> Callable[[], None]:
-    """`step` as the replay of a CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
-
-
 def peak_bytes(step: Callable[[], object]) -> int:
     """What one call allocates at most, above what lives before it."""
     for _ in range(3):

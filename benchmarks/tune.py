@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from recording import record
 from torch import Tensor
 from triton.testing import do_bench
 
@@ -34,14 +35,7 @@ CONFIGS = {
 def timed(run: Callable[[], object]) -> tuple[float, float]:
     """Median milliseconds of one call: replayed from a CUDA graph (the device's time), and called from Python."""
     called = do_bench(run, warmup=10, rep=60, return_mode="median")
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
+    graph, _ = record(run)
     return do_bench(graph.replay, warmup=10, rep=60, return_mode="median"), called
 
 

@@ -267,7 +267,8 @@ class HRMCore(nn.Module):
         probability `exploration`, before a number drawn at random; in evaluation each token halts by its own two
         values, and a row all of whose tokens have halted costs nothing more; at `max_segments` all do. With q_target
         "none" it is q_halt alone. With `stop_residual`, with or without ACT, sequences and tokens halt too once both of
-        their states move by no more than that.
+        their states move by no more than that. A training step that a CUDA graph records runs every segment there may
+        be, since what it runs cannot depend on the data; `active` tells the sequences that have halted as always.
 
         Packing: without `attention_mask` and cache, positions that do not rise by one start a new document, which sees
         nothing of those before it; so does the backbone, by the same rule of transformers.
@@ -396,9 +397,10 @@ class HRMCore(nn.Module):
                 residuals.append(_mean(moved, going_on[-1]))
             running.z_l, running.z_h = new
             left = real & ~halted
-            if halting and not (running.keep(left) if by_token else left.any()):
+            if halting and not (running.keep(left) if by_token else _any(left)):
                 break
-        if look_ahead and halting and bool((real & ~halted).any()):
+        exhausted = self.config.act and limit >= self.config.max_segments
+        if look_ahead and halting and not exhausted and _any(real & ~halted):
             with torch.no_grad():
                 count = carry.steps + len(done) + 1
                 ahead, _ = self._one_segment(len(done), running, weights, rule, count, halted, by_token, done[-1])
@@ -612,6 +614,15 @@ def _positions(mask: Tensor | None, batch: int, tokens: int, past: int, device: 
 def _mean(values: Tensor, where: Tensor) -> Tensor:
     """Mean of (B, S, k) over the tokens of `where` (B, S); 0 where there are none."""
     return (values * where[..., None]).sum((0, 1)) / where.sum().clamp_min(1)
+
+
+def _any(values: Tensor) -> bool:
+    """Whether any of `values` is True. A CUDA graph that is being recorded cannot ask: it runs what there might be."""
+    return _recording(values) or bool(values.any())
+
+
+def _recording(values: Tensor) -> bool:
+    return values.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _text(value: object) -> str:

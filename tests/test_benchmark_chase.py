@@ -1,17 +1,10 @@
 """The chase benchmark: its rows, segments with a loss each, and halting."""
 
 import argparse
-import importlib.util
-import sys
-from pathlib import Path
 
+import chase
 import pytest
 import torch
-
-spec = importlib.util.spec_from_file_location("chase", Path(__file__).parents[1] / "benchmarks" / "chase.py")
-assert spec is not None and spec.loader is not None
-chase = sys.modules["chase"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(chase)
 
 CPU = torch.device("cpu")
 

@@ -1,22 +1,15 @@
 """The depth benchmark: its rows, and that what it trains on is the model's own loss."""
 
 import argparse
-import importlib.util
 import json
-import sys
 from itertools import islice
-from pathlib import Path
 
+import depth
 import pytest
 import torch
 from tiny_backbone import save_tiny_backbone
 
 from hrm.loss import IGNORED
-
-spec = importlib.util.spec_from_file_location("depth", Path(__file__).parents[1] / "benchmarks" / "depth.py")
-assert spec is not None and spec.loader is not None
-depth = sys.modules["depth"] = importlib.util.module_from_spec(spec)  # dataclasses look there
-spec.loader.exec_module(depth)
 
 CORE = json.dumps({"d_l": 32, "d_h": 32, "head_size": 16, "attn_heads": 2, "h_cycles": 4, "l_steps": 2})
 
@@ -27,7 +20,7 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> argparse.Namespace:
     return argparse.Namespace(
         backbone=str(backbone), task="pointer_chase", objects=7, max_depth=3, judge_depths=[1, 5], judged=6, rows=20,
         questions=4, batch_size=8, judge_batch=8, core=CORE, core_lr=3e-3, adapter_lr=3e-3, layers=None, frozen=False,
-        whiten=False, segments=2, steps=6, seconds=0.0,
+        whiten=False, at=None, segments=2, steps=6, seconds=0.0,
     )  # fmt: skip
 
 
@@ -75,15 +68,19 @@ def test_every_row_comes_once_before_any_comes_again(made: tuple) -> None:
     assert sorted(chosen[:20].tolist()) == sorted(chosen[20:].tolist()) == list(range(20))
 
 
-@pytest.mark.parametrize("name", ["lora", "control", "full", "segments"])
+@pytest.mark.parametrize("name", ["lora", "control", "full", "segments", "act"])
 def test_the_loss_is_the_models_own(options: argparse.Namespace, made: tuple, name: str) -> None:
     (rows, _, _), tokenizer = made
     run, batches = depth.Run(options, name, 0), depth.Batches(rows, 8, tokenizer.pad_token_id, 0, torch.device("cpu"))
     if run.arm.core is not None:
         torch.nn.init.normal_(run.model.hrm.w_out, std=0.1)  # zero at first, where the core would not matter
+        torch.nn.init.normal_(run.model.hrm.w_q, std=0.1)
+        run.model.hrm.b_q.data[0] += 0.2  # some halt, some go on
     chosen = torch.arange(8)
+    torch.manual_seed(1)  # who explores
     loss = run._backward(batches, chosen)
     mask = (batches.ids != tokenizer.pad_token_id).long()
+    torch.manual_seed(1)
     with torch.no_grad():
         expected = run.model(batches.ids[chosen], mask[chosen], labels=batches.labels[chosen]).loss
     torch.testing.assert_close(loss, expected)
@@ -104,6 +101,24 @@ def test_an_arm_trains_and_is_judged(options: argparse.Namespace, made: tuple, n
         assert all(1 <= used <= 2 for used in run.segments_used(held_out, depths, tokenizer.pad_token_id).values())
     moved = run.model.hrm.w_out.abs().sum().item()
     assert (moved == 0) == (name == "lora")  # the adapters alone
+
+
+def test_a_core_inside_is_trained_and_the_layers_after_it_read_what_it_gives(
+    options: argparse.Namespace, made: tuple
+) -> None:
+    (rows, held_out, depths), tokenizer = made
+    run = depth.Run(argparse.Namespace(**{**vars(options), "at": 1}), "full", 0)
+    ids = torch.tensor([rows[0].tokens])
+    plain = run.model(ids).logits
+    torch.nn.init.normal_(run.core.w_out, std=0.1)
+    assert (run.model(ids).logits - plain).abs().max() > 1e-3
+    torch.nn.init.zeros_(run.core.w_out)
+    assert torch.equal(run.model(ids).logits, plain)
+    trained = run.train(depth.Batches(rows, 8, tokenizer.pad_token_id, 0, torch.device("cpu")))
+    assert trained["losses"][-1] < trained["losses"][0]
+    assert run.core.w_out.abs().sum() > 0 and run.model.hrm.w_out.abs().sum() == 0
+    found, _ = run.judge(held_out, depths, tokenizer.pad_token_id)
+    assert found.keys() == {"trained", "N1 T2 M1", "N2 T2 M1", "N5 T2 M1", "N8 T2 M1", "N4 T4 M1"}
 
 
 def test_whitening_gives_every_direction_that_matters_the_same_power() -> None:

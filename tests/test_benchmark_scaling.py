@@ -1,14 +1,9 @@
 """The scaling benchmark: what it makes of the lines that runs leave."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
-
-spec = importlib.util.spec_from_file_location("scaling", Path(__file__).parents[1] / "benchmarks" / "scaling.py")
-assert spec is not None and spec.loader is not None
-scaling = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(scaling)
+import scaling
 
 
 def run(kind: str, processes: int, batch: int, speed: float, loss: float) -> dict:

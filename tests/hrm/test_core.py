@@ -572,8 +572,45 @@ def test_slots_of_rows_left_out_serve_later_tokens_that_go_deeper(side, pieces):
     assert (used[:, 1:] > used[:, :-1]).any() and used.unique().numel() > 3  # the case really occurs
 
 
+@pytest.mark.parametrize("limit", [2, None])
+def test_a_recorded_step_scores_what_a_plain_one_does_and_waits_for_nothing(monkeypatch, limit):
+    core = uneven_core(exploration=0.3).train()
+    h = rows_of(1)
+
+    def step():
+        torch.manual_seed(0)
+        return core(h, segments=limit, look_ahead=True)
+
+    plain = step()
+    monkeypatch.setattr("hrm.core._recording", lambda values: True)
+    with torch.no_grad():
+        assert not waits_of(step)
+    recorded = step()
+    assert len(recorded.segments) == (limit or core.config.max_segments) >= len(plain.segments)
+    assert plain.segments[-1].active.any() and not plain.segments[-1].active.all()  # the case really occurs
+    for of, other in zip(plain.segments, recorded.segments, strict=False):
+        for name in ("z_h", "active", "halted", "q", "last"):
+            assert torch.equal(getattr(of, name), getattr(other, name))
+    assert not any(segment.active.any() for segment in recorded.segments[len(plain.segments) :])
+    assert torch.equal(plain.z_h, recorded.z_h) and torch.equal(plain.segments_used, recorded.segments_used)
+    assert all(torch.equal(*pair) for pair in zip(plain.carry, recorded.carry, strict=True))
+    if limit is None:
+        assert recorded.ahead is None  # nobody may go on
+    else:
+        assert torch.equal(plain.ahead.q, recorded.ahead.q) and torch.equal(plain.ahead.active, recorded.ahead.active)
+
+
 @torch.no_grad()
 def test_the_device_is_waited_for_once_a_segment():
+    core = uneven_core()
+    h = rows_of(1)
+    found = []
+    waits = waits_of(lambda: found.append(core(h, cache=SlotCache())))
+    assert len(waits) == len(found[0].segments) > 2
+
+
+def waits_of(step):
+    """The operations of `step` whose result the CPU waits for."""
     waits = []
 
     class Watch(TorchDispatchMode):
@@ -582,11 +619,9 @@ def test_the_device_is_waited_for_once_a_segment():
                 waits.append(function)
             return function(*args, **kwargs or {})
 
-    core = uneven_core()
-    h = rows_of(1)
     with Watch():
-        out = core(h, cache=SlotCache())
-    assert len(waits) == len(out.segments) > 2
+        step()
+    return waits
 
 
 def test_an_empty_batch_is_no_error(h):
