@@ -11,7 +11,8 @@ Arms, all with the two adapters, the same rows, batches and learning rates:
                 its own cycles
     act         the same under ACT, where halted rows are computed on, as a CUDA graph has to, and not scored
 
-With `--at LAYER` the core stands behind that layer of the backbone, and the layers after it run once on what it gives
+With `--core-from SHARE` the adapters have that share of the training to themselves before the core is put on. With
+`--at LAYER` the core stands behind that layer of the backbone, and the layers after it run once on what it gives
 (single segments alone).
 
 Every arm and seed trains for `--seconds` of wall time on one device (or `--steps` steps), learning rates and depth as
@@ -184,6 +185,9 @@ class Run:
             self.core = self._inside(core, options.at)
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.full = self.core.config.from_dict(self.core.config.to_dict())
+        own_parameters = set(self.core.parameters())
+        self._of_core = [group["params"][0] in own_parameters for group in self.optimizer.param_groups]
+        self._started = False  # whether the core is run yet
         self.steps, self._replayed = 0, None
         decoder = self.model.get_decoder()
         on_gpu = self.device.type == "cuda"
@@ -206,8 +210,6 @@ class Run:
     def train(self, batches: Batches) -> dict[str, Any]:
         """Steps until the time is spent; returns steps, seconds and the mean loss of each twentieth of the steps."""
         decoder = self.model.get_decoder()
-        if self.options.whiten and self.arm.core is not None:
-            self._whiten(batches)
         decoder.forward = self._compiled
         try:
             return self._train(batches)
@@ -218,8 +220,9 @@ class Run:
     @torch.no_grad()
     def _whiten(self, batches: Batches) -> None:
         """What the core reads is whitened from now on; the read-out is still added to the backbone's own state."""
-        ids = batches.ids[:256]
-        h = self.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state.float()
+        ids, decoder = batches.ids[:256], self.model.get_decoder()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            h = type(decoder).forward(decoder, input_ids=ids, use_cache=False).last_hidden_state.float()
         real = torch.arange(ids.shape[1], device=ids.device) <= batches.places[: len(ids)].amax(1, keepdim=True)
         whitening = Whitening(h[real])
         self.core.register_forward_pre_hook(lambda core, given: (whitening(given[0]), *given[1:]))
@@ -237,11 +240,18 @@ class Run:
                 break
             config, before = self.core.config, self._depth()
             set_depth(config, self.full, depth, int(share * 10**6))
-            if self.steps == 0 or self._depth() != before:
+            starts = not self._started and share >= options.core_from
+            if starts:
+                self._started = True
+                if options.whiten and self.arm.core is not None:
+                    self._whiten(batches)
+                seconds = self._now() - began
+            if self.steps == 0 or starts or self._depth() != before:
                 self._prepare(batches)
                 began = self._now() - seconds  # compiling and recording are no training
-            for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
-                group["lr"] = peak * lr_factor(int(share * 1000), 1000, 0.05)
+            own = max(0.0, share - options.core_from) / (1 - options.core_from)
+            for group, peak, of_core in zip(self.optimizer.param_groups, self.peaks, self._of_core, strict=True):
+                group["lr"] = peak * lr_factor(int((own if of_core else share) * 1000), 1000, 0.05)
             losses.append(self._step(batches, chosen, parameters))
             self.steps += 1
             seconds = (self._now() if self.steps % 8 == 0 else time.perf_counter()) - began
@@ -287,7 +297,7 @@ class Run:
         """The model's loss, with shapes that do not depend on the data. Padding comes last, and no token sees it."""
         h = self.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
         rows = torch.arange(len(ids), device=ids.device)[:, None]
-        if not self._last:
+        if not self._last or not self._started:
             return F.cross_entropy(self._scores(h[rows, places]), targets)
         segments = self.core(h, counted=torch.zeros_like(ids, dtype=torch.bool).scatter(1, places, True)).segments
 
@@ -486,6 +496,13 @@ def main() -> None:
     parser.add_argument("--adapter-lr", type=float, default=5e-4)
     parser.add_argument("--layers", type=int, help="of the backbone, the first ones; default: all")
     parser.add_argument("--at", type=int, metavar="LAYER", help="the core behind this layer; default: behind the last")
+    parser.add_argument(
+        "--core-from",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="of the training, before which the adapters are alone; the core's rate rises from there",
+    )
     parser.add_argument("--frozen", action="store_true", help="no adapters: the core alone is trained")
     parser.add_argument("--whiten", action="store_true", help="what the core reads: directions of equal power")
     parser.add_argument("--output", type=Path, default=Path("depth.json"))
@@ -496,8 +513,10 @@ def main() -> None:
         parser.error("--arms has lora; without adapters (--frozen) it should not")
     if {"grad_cycles", "grad_l_steps"} & json.loads(options.core).keys():
         parser.error(f"--core is {options.core}; how far the gradient reaches should be left to the arms")
-    if options.at is not None and (options.whiten or any(ARMS[name].cut for name in options.arms)):
-        parser.error("--at goes with arms of one segment alone, and without --whiten")
+    if not 0 <= options.core_from < 1:
+        parser.error(f"--core-from is {options.core_from}; it should be from 0 to below 1")
+    if options.at is not None and (options.core_from or options.whiten or any(ARMS[name].cut for name in options.arms)):
+        parser.error("--at goes with arms of one segment alone, and without --whiten and --core-from")
     cycles = {**CORE, **json.loads(options.core)}["h_cycles"]
     if any(ARMS[name].cut for name in options.arms) and (options.segments < 1 or cycles % options.segments):
         parser.error(f"--segments is {options.segments}; it should divide the core's h_cycles = {cycles}")

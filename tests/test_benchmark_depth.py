@@ -20,7 +20,7 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> argparse.Namespace:
     return argparse.Namespace(
         backbone=str(backbone), task="pointer_chase", objects=7, max_depth=3, judge_depths=[1, 5], judged=6, rows=20,
         questions=4, batch_size=8, judge_batch=8, core=CORE, core_lr=3e-3, adapter_lr=3e-3, layers=None, frozen=False,
-        whiten=False, at=None, segments=2, steps=6, seconds=0.0,
+        whiten=False, at=None, core_from=0.0, segments=2, steps=6, seconds=0.0,
     )  # fmt: skip
 
 
@@ -76,7 +76,7 @@ def test_the_loss_is_the_models_own(options: argparse.Namespace, made: tuple, na
         torch.nn.init.normal_(run.model.hrm.w_out, std=0.1)  # zero at first, where the core would not matter
         torch.nn.init.normal_(run.model.hrm.w_q, std=0.1)
         run.model.hrm.b_q.data[0] += 0.2  # some halt, some go on
-    chosen = torch.arange(8)
+    run._started, chosen = True, torch.arange(8)
     torch.manual_seed(1)  # who explores
     loss = run._backward(batches, chosen)
     mask = (batches.ids != tokenizer.pad_token_id).long()
@@ -119,6 +119,19 @@ def test_a_core_inside_is_trained_and_the_layers_after_it_read_what_it_gives(
     assert run.core.w_out.abs().sum() > 0 and run.model.hrm.w_out.abs().sum() == 0
     found, _ = run.judge(held_out, depths, tokenizer.pad_token_id)
     assert found.keys() == {"trained", "N1 T2 M1", "N2 T2 M1", "N5 T2 M1", "N8 T2 M1", "N4 T4 M1"}
+
+
+def test_a_core_put_on_later_leaves_the_adapters_alone_before(options: argparse.Namespace, made: tuple) -> None:
+    (rows, _, _), tokenizer = made
+    losses = {}
+    for name, share in (("lora", 0.0), ("segments", 0.5)):
+        own = argparse.Namespace(**{**vars(options), "core_from": share, "whiten": True, "steps": 8})
+        run = depth.Run(own, name, 0)
+        batches = depth.Batches(rows, 8, tokenizer.pad_token_id, 0, torch.device("cpu"))
+        losses[name] = run.train(batches)["losses"]
+    assert losses["lora"][:5] == losses["segments"][:5]  # the read-out starts at zero
+    assert losses["lora"][6:] != losses["segments"][6:]
+    assert len(run.core._forward_pre_hooks) == 1
 
 
 def test_whitening_gives_every_direction_that_matters_the_same_power() -> None:
