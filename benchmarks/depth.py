@@ -11,9 +11,9 @@ Arms, all with the two adapters, the same rows, batches and learning rates:
                 its own cycles
     act         the same under ACT, where halted rows are computed on, as a CUDA graph has to, and not scored
 
-With `--core-from SHARE` the adapters have that share of the training to themselves before the core is put on. With
-`--at LAYER` the core stands behind that layer of the backbone, and the layers after it run once on what it gives
-(single segments alone).
+With `--core-from SHARE` the adapters have that share of the training to themselves before the core is put on;
+with `--hand-over` they stop there. With `--at LAYER` the core stands behind that layer of the backbone, and the layers
+after it run once on what it gives (single segments alone).
 
 Every arm and seed trains for `--seconds` of wall time on one device (or `--steps` steps), learning rates and depth as
 functions of the time spent. Then its answers to unseen problems are judged by depth, trained ones and deeper, and again
@@ -243,20 +243,33 @@ class Run:
             starts = not self._started and share >= options.core_from
             if starts:
                 self._started = True
+                if options.hand_over and self.arm.core is not None:
+                    self._freeze_adapters()
                 if options.whiten and self.arm.core is not None:
                     self._whiten(batches)
                 seconds = self._now() - began
             if self.steps == 0 or starts or self._depth() != before:
                 self._prepare(batches)
                 began = self._now() - seconds  # compiling and recording are no training
-            own = max(0.0, share - options.core_from) / (1 - options.core_from)
             for group, peak, of_core in zip(self.optimizer.param_groups, self.peaks, self._of_core, strict=True):
-                group["lr"] = peak * lr_factor(int((own if of_core else share) * 1000), 1000, 0.05)
+                group["lr"] = peak * lr_factor(int(self._share(share, of_core) * 1000), 1000, 0.05)
             losses.append(self._step(batches, chosen, parameters))
             self.steps += 1
             seconds = (self._now() if self.steps % 8 == 0 else time.perf_counter()) - began
         parts = torch.stack(losses).tensor_split(min(20, len(losses)))
         return {"steps": self.steps, "seconds": seconds, "losses": [round(part.mean().item(), 4) for part in parts]}
+
+    def _share(self, share: float, of_core: bool) -> float:
+        """How much of the core's or of the adapters' own training is over."""
+        first = self.options.core_from
+        if of_core:
+            return max(0.0, share - first) / (1 - first)
+        return min(1.0, share / first) if self.options.hand_over and self.arm.core is not None else share
+
+    def _freeze_adapters(self) -> None:
+        for group, of_core in zip(self.optimizer.param_groups, self._of_core, strict=True):
+            for parameter in () if of_core else group["params"]:
+                parameter.requires_grad_(False).grad = None
 
     def _depth(self) -> tuple[int, ...]:
         config = self.core.config
@@ -503,6 +516,7 @@ def main() -> None:
         metavar="SHARE",
         help="of the training, before which the adapters are alone; the core's rate rises from there",
     )
+    parser.add_argument("--hand-over", action="store_true", help="the adapters stop where the core starts")
     parser.add_argument("--frozen", action="store_true", help="no adapters: the core alone is trained")
     parser.add_argument("--whiten", action="store_true", help="what the core reads: directions of equal power")
     parser.add_argument("--output", type=Path, default=Path("depth.json"))
@@ -515,6 +529,8 @@ def main() -> None:
         parser.error(f"--core is {options.core}; how far the gradient reaches should be left to the arms")
     if not 0 <= options.core_from < 1:
         parser.error(f"--core-from is {options.core_from}; it should be from 0 to below 1")
+    if options.hand_over and not options.core_from:
+        parser.error("--hand-over goes with --core-from: before it the adapters are trained")
     if options.at is not None and (options.core_from or options.whiten or any(ARMS[name].cut for name in options.arms)):
         parser.error("--at goes with arms of one segment alone, and without --whiten and --core-from")
     cycles = {**CORE, **json.loads(options.core)}["h_cycles"]

@@ -20,7 +20,7 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> argparse.Namespace:
     return argparse.Namespace(
         backbone=str(backbone), task="pointer_chase", objects=7, max_depth=3, judge_depths=[1, 5], judged=6, rows=20,
         questions=4, batch_size=8, judge_batch=8, core=CORE, core_lr=3e-3, adapter_lr=3e-3, layers=None, frozen=False,
-        whiten=False, at=None, core_from=0.0, segments=2, steps=6, seconds=0.0,
+        whiten=False, at=None, core_from=0.0, hand_over=False, segments=2, steps=6, seconds=0.0,
     )  # fmt: skip
 
 
@@ -132,6 +132,22 @@ def test_a_core_put_on_later_leaves_the_adapters_alone_before(options: argparse.
     assert losses["lora"][:5] == losses["segments"][:5]  # the read-out starts at zero
     assert losses["lora"][6:] != losses["segments"][6:]
     assert len(run.core._forward_pre_hooks) == 1
+
+
+def test_adapters_that_hand_over_stay_as_they_are(options: argparse.Namespace, made: tuple) -> None:
+    (rows, _, _), tokenizer = made
+    own = argparse.Namespace(**{**vars(options), "core_from": 0.5, "hand_over": True, "steps": 4})
+    run, before = depth.Run(own, "full", 0), {}
+
+    def start() -> None:
+        freeze()
+        before.update({name: value.clone() for name, value in run.model.named_parameters()})
+
+    freeze, run._freeze_adapters = run._freeze_adapters, start
+    run.train(depth.Batches(rows, 8, tokenizer.pad_token_id, 0, torch.device("cpu")))
+    moved = {name for name, value in run.model.named_parameters() if not torch.equal(value, before[name])}
+    assert moved and all(name.startswith("hrm.") for name in moved)
+    assert any(before[name].abs().sum() > 0 for name in before if "lora_B" in name)  # they did train before
 
 
 def test_whitening_gives_every_direction_that_matters_the_same_power() -> None:
