@@ -100,24 +100,15 @@ def load(options: argparse.Namespace, dtype: torch.dtype) -> Any:
 
 
 class Asked(NamedTuple):
-    """A row as `collate` takes it: a text and its questions, whose answers are learnt but stand nowhere in it."""
+    """A row as `collate` takes it, without the end of the text: only answers are learnt."""
 
     tokens: list[int]
-    labels: list[int]  # -100, or in the place after a question's last token its answer
+    labels: list[int]
 
-
-def unanswered(row: Encoded) -> Asked:
-    """`row` with its answers' last tokens, their letters, to be told at the end of the questions, and no answer left in
-    the text, where it would help with later questions."""
-    tokens, labels, answer = [], [], []  # type: list[int], list[int], list[int]
-    for token, label in zip(row.tokens, row.labels, strict=True):
-        if label != IGNORED:
-            answer.append(label)
-            continue
-        tokens.append(token)
-        labels.append(answer[-2] if answer else IGNORED)  # the last is the end of the text
-        answer = []
-    return Asked([*tokens, answer[-1]], [*labels, answer[-2]])
+    @classmethod
+    def of(cls, row: Encoded) -> Asked:
+        """`row` but for its last token."""
+        return cls(row.tokens[:-1], row.labels[:-1])
 
 
 class Batches:
@@ -419,7 +410,7 @@ def make_rows(options: argparse.Namespace, tokenizer: Any) -> tuple[list[Asked],
     ]
     held_out, template = list(judged.values()), Template("{prompt} {answer}")
     encoded = (encode(examples, template, tokenizer, 512) for examples in (train, held_out))
-    rows, others = ([unanswered(row) for row in part] for part in encoded)
+    rows, others = ([Asked.of(row) for row in part] for part in encoded)
     return rows, others, [example.entry["depth"] for example in held_out]
 
 

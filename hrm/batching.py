@@ -107,4 +107,4 @@ def _packed(rows: Sequence[Encoded]) -> dict[str, Tensor]:
 
 def scored_tokens(rows: Sequence[Encoded]) -> int:
     """Tokens of `rows` that the loss is a mean over: the answers', but a row's first token, which nothing predicts."""
-    return sum(len(row.answer) - len(row.unscored) - (not row.prompt) for row in rows)
+    return sum(len(row.answer) + len(row.beside) - (not row.prompt) for row in rows)

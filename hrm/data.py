@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import random
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -30,7 +30,7 @@ class Example(NamedTuple):
     answer: str
     source: str  # where it stands, for messages: "file.jsonl:3"
     entry: Mapping[str, Any] = {}  # what reasoning-gym's scorer wants to see; {"depth": n} in `hrm.tasks`
-    turns: tuple[tuple[str, str], ...] = ()  # further questions and answers, which follow in a row that is trained on
+    turns: tuple[tuple[str, str], ...] = ()  # further questions and answers about the same text, for training alone
 
 
 Score = Callable[[str, Example], float]
@@ -303,8 +303,8 @@ class Template:
         return self._head + prompt + self._middle
 
     def later_question(self, prompt: str) -> str:
-        """The same for a turn that follows others, whose question begins with the space that parts it from a text."""
-        return self.question(prompt.lstrip() if self._head else prompt)
+        """The same for one that follows others, and begins with the space that parts it from a text."""
+        return "\n" + self.question(prompt.lstrip()) if self._head else self.question(prompt)
 
     def answer(self, answer: str) -> str:
         """The text that is learnt."""
@@ -320,7 +320,8 @@ class Encoded(NamedTuple):
 
     prompt: list[int]
     answer: list[int]  # ends with the end-of-text token
-    unscored: tuple[int, ...] = ()  # places in `answer` that are not learnt: what later turns ask
+    beside: tuple[tuple[int, int], ...] = ()  # places in the prompt where an earlier question has ended, and the token
+    # that answers it there: it is learnt and stands nowhere in the text, where later questions could make use of it
 
     @property
     def tokens(self) -> list[int]:
@@ -329,10 +330,10 @@ class Encoded(NamedTuple):
 
     @property
     def labels(self) -> list[int]:
-        """The row's tokens where they are learnt, else -100."""
+        """What is to follow the token before each place, where that is learnt, else -100."""
         labels = [*([IGNORED] * len(self.prompt)), *self.answer]
-        for place in self.unscored:
-            labels[len(self.prompt) + place] = IGNORED
+        for place, token in self.beside:
+            labels[place] = token
         return labels
 
 
@@ -355,8 +356,11 @@ def encode(
 ) -> list[Encoded]:
     """Token ids of each example; `bad_row` hears of one that has more than `max_length`, or none to go on from.
 
+    Where there are further questions, the last one's answer stands in the text and those before it beside.
+
     Raises:
-        UsageError: the tokenizer cannot end a text, or no example is left.
+        UsageError: the tokenizer cannot end a text, no example is left, or answers that should stand beside a text are
+            not told apart by their first token.
     """
     if tokenizer.eos_token_id is None:
         raise UsageError("the backbone's tokenizer has no end-of-text token; it should have one to end answers with")
@@ -367,12 +371,12 @@ def encode(
         if not prompt:
             bad_row(f"{example.source}: the prompt has no tokens; it should have at least one to go on from")
             continue
-        row = _joined(prompt, [*answer, tokenizer.eos_token_id], [later[turn] for turn in example.turns])
+        row = _joined(Encoded(prompt, [*answer, tokenizer.eos_token_id]), [later[turn] for turn in example.turns])
         if len(row.tokens) <= max_length:
             encoded.append(row)
         else:
             bad_row(
-                f"{example.source}: prompt and answer have {len(prompt)} + {len(row.answer)} tokens; "
+                f"{example.source}: prompt and answer have {len(row.prompt)} + {len(row.answer)} tokens; "
                 f"they should have at most data.max_length = {max_length}"
             )
     if not encoded:
@@ -383,23 +387,40 @@ def encode(
 def _turns(
     examples: Sequence[Example], template: Template, tokenizer: PreTrainedTokenizerBase
 ) -> dict[tuple[str, str], Encoded]:
-    """Token ids of all turns that follow a first one, so that nothing is put in front of them."""
+    """Token ids of all further questions and their answers, so that nothing is put in front of them."""
     turns = list({turn: None for example in examples for turn in example.turns})
     if not turns:
         return {}
+    _check_first_tokens(
+        {a for e in examples if e.turns for a in (e.answer, *(turn[1] for turn in e.turns))}, template, tokenizer
+    )
     questions = tokenizer([template.later_question(q) for q, _ in turns], add_special_tokens=False)["input_ids"]
     answers = tokenizer([template.answer(a) for _, a in turns], add_special_tokens=False)["input_ids"]
     ended = ([*answer, tokenizer.eos_token_id] for answer in answers)
     return dict(zip(turns, map(Encoded, questions, ended), strict=True))
 
 
-def _joined(prompt: list[int], answer: list[int], turns: Sequence[Encoded]) -> Encoded:
-    """One row of a first turn and those that follow."""
-    tokens, unscored = list(answer), list[int]()
-    for turn in turns:
-        unscored += range(len(tokens), len(tokens) + len(turn.prompt))
-        tokens += turn.tokens
-    return Encoded(prompt, tokens, tuple(unscored))
+def _check_first_tokens(answers: Collection[str], template: Template, tokenizer: PreTrainedTokenizerBase) -> None:
+    """One place beside a text holds one token."""
+    firsts: dict[int, str] = {}
+    for answer in sorted(answers):
+        first = tokenizer(template.answer(answer), add_special_tokens=False)["input_ids"][0]
+        if first in firsts:
+            raise UsageError(
+                f"the answers {firsts[first]!r} and {answer!r} begin with the same token, which cannot stand for both; "
+                "data.task_options.questions should be 1 with this tokenizer and data.template"
+            )
+        firsts[first] = answer
+
+
+def _joined(first: Encoded, later: Sequence[Encoded]) -> Encoded:
+    """One row of a text and its questions: all answers but the last stand beside."""
+    prompt, beside, answer = list(first.prompt), list[tuple[int, int]](), first.answer
+    for turn in later:
+        beside.append((len(prompt), answer[0]))
+        prompt += turn.prompt
+        answer = turn.answer
+    return Encoded(prompt, answer, tuple(beside))
 
 
 class Batch(NamedTuple):

@@ -482,7 +482,7 @@ def digest_rows(rows: Sequence[Encoded]) -> str:
     """SHA-256 of rows and their order."""
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(f"{row.prompt}{row.answer}{row.unscored or ''}".encode())
+        digest.update(f"{row.prompt}{row.answer}{row.beside or ''}".encode())
     return digest.hexdigest()
 
 

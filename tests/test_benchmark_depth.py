@@ -16,7 +16,7 @@ CORE = json.dumps({"d_l": 32, "d_h": 32, "head_size": 16, "attn_heads": 2, "h_cy
 
 @pytest.fixture(scope="module")
 def options(tmp_path_factory: pytest.TempPathFactory) -> argparse.Namespace:
-    backbone = save_tiny_backbone(tmp_path_factory.mktemp("tiny"))
+    backbone = save_tiny_backbone(tmp_path_factory.mktemp("tiny"), letters=True)
     return argparse.Namespace(
         backbone=str(backbone), task="pointer_chase", objects=7, max_depth=3, judge_depths=[1, 5], judged=6, rows=20,
         questions=4, batch_size=8, judge_batch=8, core=CORE, core_lr=3e-3, adapter_lr=3e-3, layers=None, frozen=False,
@@ -40,7 +40,7 @@ def test_rows_are_texts_with_questions_and_answers_stand_beside_them(made: tuple
         ids = torch.tensor(row.tokens)
         assert row.labels[:-1] == [IGNORED] * (len(ids) - 1)  # the answer is learnt where the question ends
         assert_answered(tokenizer, ids, torch.tensor([len(ids) - 2]), torch.tensor(row.labels[-1:]), 1)
-        assert int(tokenizer.decode(ids).split()[-3]) == steps
+        assert int(tokenizer.decode(ids).split()[-4]) == steps
     assert not {table(tokenizer, row) for row in rows} & {table(tokenizer, row) for row in held_out}
 
 
@@ -49,8 +49,9 @@ def table(tokenizer: object, row: object) -> str:
 
 
 def assert_answered(tokenizer: object, ids: torch.Tensor, places: torch.Tensor, targets: torch.Tensor, count: int):
-    text = tokenizer.decode(ids[ids != tokenizer.pad_token_id]).removesuffix("<eos>")
-    arrows, _, asked = text.rpartition(",")
+    text, _, last = tokenizer.decode(ids[ids != tokenizer.pad_token_id]).rpartition("?")
+    assert last.strip() == tokenizer.decode(targets[-1]).strip()  # which nothing scored can see
+    arrows, _, asked = f"{text}?".rpartition(",")
     follows, questions = dict(pair.split() for pair in arrows.split(", ")), asked.removesuffix("?").split("?")
     assert len(questions) == len(set(questions)) == count
     for question, place, target in zip(questions, places, targets, strict=True):

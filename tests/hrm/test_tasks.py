@@ -82,19 +82,25 @@ def test_further_questions_are_about_the_same_text(task, solve):
         assert all(solve(text + question) == (answer, depth) for question, answer, depth in asked)
 
 
-def test_further_questions_are_turns_whose_answers_alone_are_learnt():
+def test_answers_to_further_questions_are_learnt_where_the_question_ends_and_stand_nowhere_in_the_text():
     data = settings("data.task=pointer_chase", "data.task_options={objects: 7, max_depth: 3, questions: 3}").data
     found, tokenizer = load_problems(data, 0), byte_tokenizer()
     assert {len(example.turns) for example in found.train} == {2} and not any(e.turns for e in found.held_out)
-    rows = encode(found.train[:4], Template("{prompt} {answer}"), tokenizer, 512)
+    rows = encode(found.train[:4], Template("{prompt}{answer}"), tokenizer, 512)
     for example, row in zip(found.train, rows, strict=False):
         (first, a), (second, b) = example.turns
-        text = f"{example.prompt} {example.answer}<eos>{first} {a}<eos>{second} {b}<eos>"
-        assert tokenizer.decode(row.tokens) == text
-        assert tokenizer.decode([t for t in row.labels if t != IGNORED]) == f" {example.answer}<eos> {a}<eos> {b}<eos>"
-    (row,) = encode(found.train[:1], Template("Q: {prompt}\nA: {answer}"), tokenizer, 512)
-    assert f"<eos>Q: {found.train[0].turns[0][0].strip()}\nA: " in tokenizer.decode(row.tokens)
-    assert scored_tokens(rows) == sum(label != IGNORED for row in rows for label in row.labels) == 4 * 9
+        assert tokenizer.decode(row.tokens) == f"{example.prompt}{first}{second}{b}<eos>"
+        places = [place for place, label in enumerate(row.labels) if label != IGNORED]
+        assert tokenizer.decode([row.labels[place] for place in places]) == f"{example.answer}{a}{b}<eos>"
+        ends = [tokenizer.decode(row.tokens[:place]) for place in places[:3]]
+        assert ends == [example.prompt, example.prompt + first, example.prompt + first + second]
+    (row,) = encode(found.train[:1], Template("Q: {prompt}\nA:{answer}"), tokenizer, 512)
+    asked = [found.train[0].prompt, *(question.strip() for question, _ in found.train[0].turns)]
+    text = "\n".join(f"Q: {question}\nA:" for question in asked)
+    assert tokenizer.decode(row.tokens) == f"{text}{found.train[0].turns[1][1]}<eos>"
+    assert scored_tokens(rows) == sum(label != IGNORED for row in rows for label in row.labels) == 4 * 4
+    with pytest.raises(UsageError, match=r"'A' and 'B' begin with the same token.*questions should be 1"):
+        encode(found.train, Template("{prompt} {answer}"), tokenizer, 512)  # a space, then the letter
     (packed,), (padded,) = (micro_batches(rows, 4, 0, pack=pack) for pack in (True, False))
     real = padded["attention_mask"].bool()
     assert torch.equal(packed["labels"][0], padded["labels"][real])
@@ -102,7 +108,7 @@ def test_further_questions_are_turns_whose_answers_alone_are_learnt():
     assert digest_rows(rows) != digest_rows([Encoded(row.prompt, row.answer) for row in rows])
     longest = max(len(row.tokens) for row in rows)
     with pytest.raises(UsageError, match=f"at most data.max_length = {longest - 1}"):
-        encode(found.train[:4], Template("{prompt} {answer}"), tokenizer, longest - 1)
+        encode(found.train[:4], Template("{prompt}{answer}"), tokenizer, longest - 1)
 
 
 def test_arrows_are_not_followed_round_the_whole_ring():
