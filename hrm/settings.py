@@ -100,7 +100,7 @@ class DataSection:
     """Task whose problems are generated: object_swaps, pointer_chase, or a name of reasoning-gym's."""
     task_options: dict[str, Any] = field(default_factory=dict)
     """Options of the task: data.task_options.max_terms=3; of object_swaps and pointer_chase: objects, min_depth,
-    max_depth, and questions, how many are asked about a text that is trained on (one after another; no answer is seen)."""
+    max_depth, and questions, how many are asked about a text that is trained on, which shows no answer but the last."""
     held_out_options: dict[str, Any] = field(default_factory=dict)
     """Options that replace these for the held-out problems of object_swaps and pointer_chase: max_depth=20."""
     size: int = 1000
