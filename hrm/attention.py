@@ -172,7 +172,7 @@ def packed_documents(attention_mask: Tensor | None, position_ids: Tensor | None,
     if attention_mask is not None or position_ids is None or cached:
         return None
     starts = position_ids[:, 1:] != position_ids[:, :-1] + 1
-    if not torch.compiler.is_compiling() and not bool(starts.any()):  # compiled: the answer depends on data
+    if not _unseen(starts) and not bool(starts.any()):
         return None
     return F.pad(starts.long().cumsum(1), (1, 0))
 
@@ -208,9 +208,19 @@ def visible(
 
 
 def _only_right_padding(attention_mask: Tensor) -> bool:
-    if torch.compiler.is_compiling():  # the answer depends on data: a compiled graph takes the general path
+    if _unseen(attention_mask):
         return False
     return not bool((attention_mask[:, 1:] > attention_mask[:, :-1]).any())
+
+
+def recording(values: Tensor) -> bool:
+    """Whether a CUDA graph is being recorded, which cannot wait for `values`, its own or another's."""
+    return values.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _unseen(values: Tensor) -> bool:
+    """Whether what is run may not depend on `values`: then it takes the general path."""
+    return torch.compiler.is_compiling() or recording(values)
 
 
 def mix(z: Tensor, w_qkv: Tensor, w_o: Tensor, mixing: Mixing, cycle: int) -> Tensor:

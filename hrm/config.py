@@ -104,7 +104,8 @@ class HRMConfig(CheckedConfig):
     min_segments: int = 1
     """The fewest segments that a sequence runs in training under ACT."""
     exploration: float = 0.0
-    """Probability that a sequence in training must run a random number of segments, 2 to `max_segments`."""
+    """Probability that a sequence in training must run a random number of segments, 2 to `max_segments`; drawn once a
+    forward pass, so with an update a segment anew for each segment, as the paper's code does."""
     segment_price: float = 0.0
     """What each segment after the first takes off the reward of halting, whose size is 1 for a right prediction."""
     q_target: str = "bootstrap"
@@ -182,8 +183,11 @@ class HRMConfig(CheckedConfig):
         if weights is None:
             return
         most = self.max_segments if self.act else self.segments
-        if len(weights) < most or not all(is_number(w) and w >= 0 for w in weights) or weights[0] == 0:
-            self._fail("segment_weights", f"at least {most} numbers from 0, the first above 0")
+        early = self.act or self.stop_residual > 0  # then a row may end after its first
+        counted = weights[:1] if early else weights[:most]
+        if len(weights) < most or not all(is_number(w) and w >= 0 for w in weights) or not any(counted):
+            what = "the first" if early else "one of them"
+            self._fail("segment_weights", f"at least {most} numbers from 0, {what} above 0")
 
     def _check_choices(self) -> None:
         if self.l_reset not in ("carry", "init"):

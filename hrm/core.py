@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import hrm_kernels
-from hrm.attention import Mixing, SlotCache, mix, packed_documents, rotation, visible
+from hrm.attention import Mixing, SlotCache, mix, packed_documents, recording, rotation, visible
 from hrm.config import HRMConfig, check_fused
 from hrm.inputs import check_beside, check_places
 from hrm.schedule import least_segments, run_cycles
@@ -79,7 +79,7 @@ class CoreOutput(NamedTuple):
     segments_used: Tensor  # (B, S) int32, segments that each token ran in this call; 0 for padding
     carry: HRMCarry | None = None  # None with a cache: decoding hands on slots, not states
     residuals: Tensor | None = None  # (M, 2) float32, mean relative change of z_L and z_H over the real tokens of rows
-    # that go on; None with a cache
+    # that go on; with `stop_residual` over all that ran the segment; None with a cache
     ahead: Segment | None = None  # one more segment, without graph, for its Q values alone; where `look_ahead` asked
     documents: Tensor | None = None  # (B, S) int64, numbered in each row; None where rows are not packed
     residual_tokens: Tensor | None = None  # (M,) int64, tokens that each of `residuals` is a mean over
@@ -243,7 +243,7 @@ class HRMCore(nn.Module):
                 was, should = getattr(tensor, what), getattr(like, what)
                 if was != should:
                     raise ValueError(f"carry.{name}.{what} is {_text(was)}; it should be {_text(should)}")
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            if tensor.is_floating_point() and not recording(tensor) and not torch.isfinite(tensor).all():
                 raise ValueError(f"carry.{name} holds NaN or infinite values; it should be finite")
 
     # ------------------------------------------------------------------------------------------------ the recurrence
@@ -282,8 +282,8 @@ class HRMCore(nn.Module):
                 exactly that many; in training it is the most that this call may run.
             counted: (B, S) bool, tokens that decide whether a row halts in training; None: all real ones.
             cache: slots of the tokens before these; this call's are added.
-            look_ahead: run one more segment without graph where something is left to run after the last one, for what
-                q_continue is to learn.
+            look_ahead: with ACT run one more segment without graph where something is left to run after the last one,
+                for what q_continue is to learn.
 
         Raises:
             ValueError: an argument is not as above; the message names it.
@@ -374,6 +374,8 @@ class HRMCore(nn.Module):
         look_ahead: bool,
     ) -> CoreOutput:
         halting, limit = self._plan(segments)
+        if halting and not self.training and recording(context):
+            raise ValueError("segments is None; it should be a number while a CUDA graph is recorded: else tokens halt")
         by_token, real, steps = halting and not self.training, rule.real, carry.steps[:, None].expand(rule.real.shape)
         running = Running(context, carry.z_l.flatten(0, 1), carry.z_h.flatten(0, 1), steps, mixing)
         halted = restart = torch.zeros_like(real)  # restart: tokens whose row is over and starts anew
@@ -384,8 +386,10 @@ class HRMCore(nn.Module):
             segment, new = self._one_segment(
                 index, running, weights, rule, carry.steps + index + 1, halted, by_token, done[-1] if done else None
             )
+            settled = None
             if halting and self.config.stop_residual:
-                segment.halted = segment.halted | rule.settled(self._moved(running, new, real.shape))
+                settled = self._moved(running, new, real.shape)
+                segment.halted = segment.halted | rule.settled(settled)
             out = torch.where(segment.active[..., None], segment.z_h, out) if halting else segment.z_h
             done.append(segment)
             halted = segment.halted if halting else halted
@@ -393,14 +397,16 @@ class HRMCore(nn.Module):
             if keep_carry:
                 restart = (halted | ~real).all(1, keepdim=True).expand(real.shape) if halting else halted
                 new, running.steps, moved = self._hand_over(running.pick(restart), running.steps, old, new, weights)
-                going_on.append(running.pick(real & ~restart))
-                residuals.append(_mean(moved, going_on[-1]))
+                # where sequences end by how far they move, those that end count too: a threshold is chosen by this
+                moved, where = (moved, running.pick(real & ~restart)) if settled is None else (settled, segment.active)
+                going_on.append(where)
+                residuals.append(_mean(moved, where))
             running.z_l, running.z_h = new
             left = real & ~halted
             if halting and not (running.keep(left) if by_token else _any(left)):
                 break
-        exhausted = self.config.act and limit >= self.config.max_segments
-        if look_ahead and halting and not exhausted and _any(real & ~halted):
+        may_go_on = self.config.act and halting and limit < self.config.max_segments
+        if look_ahead and may_go_on and _any(real & ~halted):
             with torch.no_grad():
                 count = carry.steps + len(done) + 1
                 ahead, _ = self._one_segment(len(done), running, weights, rule, count, halted, by_token, done[-1])
@@ -618,11 +624,7 @@ def _mean(values: Tensor, where: Tensor) -> Tensor:
 
 def _any(values: Tensor) -> bool:
     """Whether any of `values` is True. A CUDA graph that is being recorded cannot ask: it runs what there might be."""
-    return _recording(values) or bool(values.any())
-
-
-def _recording(values: Tensor) -> bool:
-    return values.is_cuda and torch.cuda.is_current_stream_capturing()
+    return recording(values) or bool(values.any())
 
 
 def _text(value: object) -> str:

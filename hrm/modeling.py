@@ -412,7 +412,7 @@ class HRMGemmaForCausalLM(PreTrainedModel, GenerationMixin):
             segments=segments,
             counted=None if targets is None else targets != IGNORED,
             cache=None if past_key_values is None else past_key_values.slots,
-            look_ahead=targets is not None and self.hrm.config.q_target == "bootstrap" and self.training,
+            look_ahead=self._looks_ahead(targets),
         )
         output = HRMOutput(
             past_key_values=past_key_values,
@@ -431,6 +431,11 @@ class HRMGemmaForCausalLM(PreTrainedModel, GenerationMixin):
             kept = slice(None) if kept is None else kept
             output.logits = self._logits(self.hrm.read_out(h[:, kept], core.z_h[:, kept]))
         return output
+
+    def _looks_ahead(self, targets: Tensor | None) -> bool:
+        """Whether one more segment is run for what q_continue is to learn."""
+        config = self.hrm.config
+        return targets is not None and self.training and config.act and config.q_target == "bootstrap"
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return _head(self.backbone, hidden)

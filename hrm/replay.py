@@ -38,7 +38,11 @@ class ReplayBuffer:
         self._kept: Transitions | None = None
 
     def add(self, new: Transitions) -> None:
-        """Writes over the oldest; of more than `size` the last ones stay."""
+        """Writes over the oldest; of more than `size` the last ones stay.
+
+        Those that are not finite, whose step is skipped, are kept as not valid: a NaN would be drawn again and again.
+        """
+        new = _without_bad(new)
         if self._kept is None:
             self._kept = Transitions(*(part.new_zeros(self.size, *part.shape[1:]) for part in new))
         count = len(new.reward)
@@ -86,3 +90,12 @@ class ReplayBuffer:
         if len(state["reward"]) != self.size:
             raise ValueError(f"the replay buffer holds {len(state['reward'])} transitions; it should hold {self.size}")
         self._kept = Transitions(*(state[name].to(device, copy=True) for name in Transitions._fields))
+
+
+def _without_bad(new: Transitions) -> Transitions:
+    """`new` with what is not finite at 0 and marked as not valid."""
+    finite = torch.stack([part.isfinite().all(1) for part in (new.state, new.next_state)]).all(0)
+    state, next_state, reward = (
+        torch.nan_to_num(part, nan=0.0, posinf=0.0, neginf=0.0) for part in (new.state, new.next_state, new.reward)
+    )
+    return new._replace(state=state, next_state=next_state, reward=reward, valid=new.valid & finite)

@@ -72,6 +72,7 @@ class HRMTrainer(Trainer):
         self.skipped, self.skipped_in_row, self._first_bad, self._why = 0, 0, 0, ""
         self._carries: list[HRMCarry] = []
         self._halted: list[Tensor] = []
+        self._passed = False  # whether the step had nothing left to learn
         self._seen = Measurements(self.segments)
         self._limit = self.segments
         if settings.gradient_checkpointing:
@@ -140,7 +141,7 @@ class HRMTrainer(Trainer):
             try:
                 loss = self._gradients(model, inputs)
                 break
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 why = str(error)
@@ -148,12 +149,13 @@ class HRMTrainer(Trainer):
             model.zero_grad(set_to_none=True)
             _set_generators(generators, self.args.device)
             self.core_model.replay.added = added  # what the failed pass has put in is written over
-        if self.settings.segment_growth == "plateau":
-            self.growth.saw(float(self._mean_over_processes(loss)))
+        if self.settings.segment_growth == "plateau" and math.isfinite(mean := float(self._mean_over_processes(loss))):
+            self.growth.saw(mean)
         return loss
 
     def _gradients(self, model: nn.Module, inputs: StepRows) -> Tensor:
-        if inputs.segment and self._all_halted():  # the optimizer passes over what has no gradient
+        self._passed = inputs.segment > 0 and self._all_halted()
+        if self._passed:  # the optimizer passes over what has no gradient
             self._seen.pass_step(self.args.device)
             return torch.zeros((), device=self.args.device)
         items = self._sum_over_processes(scored_tokens(inputs.rows)).clamp_min(1)
@@ -166,7 +168,7 @@ class HRMTrainer(Trainer):
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
                 output = self._forward(model, part, inputs.segment, number, items)
                 assert output.loss is not None
-                loss = output.loss * self._weight(inputs.segment)
+                loss = self._weighted(output, inputs.segment)
                 self.accelerator.backward(loss * self.args.world_size)  # processes' gradients are averaged
             total += loss.detach() * self.args.world_size
             self._seen.add(loss, output, part, inputs.segment)
@@ -202,10 +204,18 @@ class HRMTrainer(Trainer):
             part["labels"] = part["labels"].masked_fill(self._halted[number][:, None], IGNORED)  # they are done
         return model(**part, segments=1, carry=carry, num_items_in_batch=items)
 
-    def _weight(self, segment: int) -> float:
-        """What a step's loss is multiplied by; with update_every "batch" the model weighs its segments itself."""
-        weights = self.core_model.hrm.config.segment_weights
-        return 1.0 if self.repeats == 1 or weights is None else weights[segment]
+    def _weighted(self, output: HRMOutput, segment: int) -> Tensor:
+        """A step's loss, its segment's cross entropy weighted; with update_every "batch" the model does that itself.
+
+        The weights' mean is 1, so that they are shares in both ways; the Q head's loss is not weighted in either.
+        """
+        config = self.core_model.hrm.config
+        assert output.loss is not None
+        if self.repeats == 1 or config.segment_weights is None:
+            return output.loss
+        weights = config.segment_weights[: self.repeats]
+        q = 0.0 if output.q_loss is None else config.q_loss_weight * output.q_loss
+        return (output.loss - q) * (weights[segment] * len(weights) / sum(weights)) + q
 
     def _smaller(self, inputs: StepRows, why: str) -> None:
         """Halves the parts of a step, or gives up where there is nothing to halve."""
@@ -217,7 +227,10 @@ class HRMTrainer(Trainer):
             )
         size = min(self.micro_batch, len(inputs.rows))
         if size == 1:
-            raise TrainingError(f"out of memory at step {self.state.global_step + 1} with one row at a time ({why})")
+            raise TrainingError(
+                f"out of memory at step {self.state.global_step + 1} with one row at a time ({why}); last good "
+                f"checkpoint: {self._last_good(self.state.global_step)}"
+            )
         self.micro_batch = -(-size // 2)
         logger.warning(
             "out of memory with %d rows at a time; going on with %d, in the same batches of %d",
@@ -231,33 +244,35 @@ class HRMTrainer(Trainer):
     def _clip_grad_norm(self, model: nn.Module) -> Tensor | float | None:
         """Clips; a gradient that is not finite is thrown away, and the step with it."""
         norm = whole(super()._clip_grad_norm(model))  # type: ignore[arg-type]  # the clip is above 0
-        value = float(norm)
-        if math.isfinite(value):
-            self.skipped_in_row = 0
+        value, loss = float(norm), float(self._sum_over_processes(self._seen.loss))
+        if math.isfinite(value) and math.isfinite(loss):
+            if not self._passed:  # a step with nothing to learn is no good one
+                self.skipped_in_row = 0
             return norm
         step = self.state.global_step + 1
         if not self.skipped_in_row:
             self._first_bad = step
-            self._why = (
-                f"the loss is {self._seen.loss}"
-                if not math.isfinite(self._seen.loss)
-                else f"the gradient's norm is {value}"
-            )
+            self._why = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {value}"
         self.skipped, self.skipped_in_row = self.skipped + 1, self.skipped_in_row + 1
         logger.warning("step %d is skipped: %s", step, self._why)
         model.zero_grad(set_to_none=True)  # the optimizer passes over what has no gradient
+        self._halted = [torch.ones_like(part) for part in self._halted]  # no later segment goes on from these states
         if self.skipped_in_row >= self.settings.skip_limit:
             raise TrainingError(self._no_way_on())
         return norm
 
     def _no_way_on(self) -> str:
         rates = self.lr_scheduler.get_last_lr()  # type: ignore[union-attr]
-        good = [path for path in checkpoints(self.folder) if step_of(path) < self._first_bad - 1]
-        last = f"{good[-1]}, of step {step_of(good[-1])}" if good else "none has been written yet (train.save_every)"
         return (
             f"{self._why} at step {self._first_bad}, with learning rates {rates[0]:.2g} (core) and {rates[-1]:.2g} "
-            f"(adapters), and {self.skipped_in_row} steps in a row had to be skipped; last good checkpoint: {last}"
+            f"(adapters), and {self.skipped_in_row} steps in a row had to be skipped; last good checkpoint: "
+            f"{self._last_good(self._first_bad - 2)}"
         )
+
+    def _last_good(self, step: int) -> str:
+        """The newest checkpoint of at most `step` steps."""
+        good = [path for path in checkpoints(self.folder) if step_of(path) <= step]
+        return f"{good[-1]}, of step {step_of(good[-1])}" if good else "none has been written yet (train.save_every)"
 
     # ------------------------------------------------------------------------------------------------ optimizer
 

@@ -62,7 +62,7 @@ def test_max_segments_is_at_least_segments():
         ("q_target", "dqn", "'bootstrap', 'replay' or 'none'"),
         ("q_gradient", "all", "'trunk' or 'head'"),
         ("replay_size", 0, "at least 1"),
-        ("segment_weights", [0.0], "the first above 0"),
+        ("segment_weights", [0.0], "one of them above 0"),
         ("stop_residual", -1.0, "at least 0"),
         ("act", 1, "True or False"),
         ("fused", "yes", "True, False or 'auto'"),

@@ -374,6 +374,15 @@ def first_below(moved, threshold):
     return torch.where(still.any(0), still.int().argmax(0) + 1, len(moved))
 
 
+def test_what_a_sequence_ends_by_is_told_where_it_ends():
+    core = make_core(segments=3, stop_residual=100.0).train()
+    h = torch.randn(BATCH, TOKENS, SIZES["hidden_size"])
+    out = core(h)
+    assert len(out.segments) == 1 and out.residual_tokens.tolist() == [BATCH * TOKENS]
+    core.config.stop_residual = 0.0
+    torch.testing.assert_close(out.residuals, core(h).residuals[:1])
+
+
 def test_sequences_in_training_end_where_their_states_stand_still():
     core, h = make_core(segments=5).train(), rows_of(6)
     moved = moved_by_segment(core, h, 5).mean(2)
@@ -582,7 +591,7 @@ def test_a_recorded_step_scores_what_a_plain_one_does_and_waits_for_nothing(monk
         return core(h, segments=limit, look_ahead=True)
 
     plain = step()
-    monkeypatch.setattr("hrm.core._recording", lambda values: True)
+    pretend_to_record(monkeypatch)
     with torch.no_grad():
         assert not waits_of(step)
     recorded = step()
@@ -598,6 +607,58 @@ def test_a_recorded_step_scores_what_a_plain_one_does_and_waits_for_nothing(monk
         assert recorded.ahead is None  # nobody may go on
     else:
         assert torch.equal(plain.ahead.q, recorded.ahead.q) and torch.equal(plain.ahead.active, recorded.ahead.active)
+
+
+def pretend_to_record(monkeypatch):
+    for module in ("core", "attention"):
+        monkeypatch.setattr(f"hrm.{module}.recording", lambda values: True)
+
+
+@pytest.mark.parametrize("what", ["mask", "documents", "carry"])
+def test_a_recorded_step_waits_for_no_argument_and_gives_the_same(monkeypatch, what):
+    core = uneven_core().train()
+    h = rows_of(4)
+    given = {
+        "mask": {"attention_mask": padding("right", 4)},
+        "documents": {"position_ids": torch.tensor([0, 1, 0, 1]).expand(ROWS, -1)},
+        "carry": {"carry": core(h, segments=1).carry},
+    }[what]
+    plain = core(h, **given)
+    pretend_to_record(monkeypatch)
+    with torch.no_grad():
+        assert not waits_of(lambda: core(h, **given))
+    torch.testing.assert_close(core(h, **given).z_h, plain.z_h)
+
+
+def test_tokens_that_halt_by_themselves_cannot_be_recorded(monkeypatch):
+    core = uneven_core()
+    pretend_to_record(monkeypatch)
+    with pytest.raises(ValueError, match="segments is None; it should be a number while a CUDA graph is recorded"):
+        core(rows_of(2))
+    assert not waits_of(lambda: core(rows_of(2), segments=2))
+
+
+@pytest.mark.gpu
+def test_a_step_recorded_in_a_cuda_graph_is_the_plain_one():
+    core, h = uneven_core().cuda().train(), rows_of(2).cuda()
+
+    def step():
+        out = core(h)
+        core.zero_grad()
+        sum((segment.z_h * segment.active[..., None]).square().sum() for segment in out.segments).backward()
+        return out.z_h.detach(), core.w_x.grad
+
+    expected = [part.clone() for part in step()]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step()
+    graph.replay()
+    torch.testing.assert_close(list(found), expected, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()

@@ -40,6 +40,16 @@ def test_the_oldest_are_written_over_and_memory_stays() -> None:
     assert buffer.state()["state"].data_ptr() == place
 
 
+def test_what_is_not_finite_teaches_nothing() -> None:
+    good, both = ReplayBuffer(4), ReplayBuffer(4)
+    good.add(transitions([1.0]))
+    both.add(transitions([1.0, float("nan"), float("inf")]))
+    w, b = torch.ones(3, 2, requires_grad=True), torch.zeros(2, requires_grad=True)
+    torch.testing.assert_close(both.loss(w, b), good.loss(w, b))
+    (gradient,) = torch.autograd.grad(both.loss(w, b), w)
+    assert gradient.isfinite().all()
+
+
 def test_a_restored_buffer_goes_on_alike() -> None:
     buffer, other = ReplayBuffer(4), ReplayBuffer(4)
     buffer.add(transitions([1.0, 2.0, 3.0, 4.0, 5.0]))

@@ -17,7 +17,7 @@ from rich.console import Console
 from tiny_backbone import TINY_CORE, save_tiny_backbone
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hrm import HRMGemmaForCausalLM
+from hrm import HRMCore, HRMGemmaForCausalLM
 from hrm.cli import main
 from hrm.evaluate import evaluate
 from hrm.running import Interrupted, TrainingError
@@ -160,6 +160,51 @@ def test_a_bad_step_is_skipped_and_counted(settings, monkeypatch):
     assert [row["skipped_steps"] for row in steps] == [0, 1, 1, 1]
     assert [math.isfinite(float(row["loss"])) for row in steps] == [True, False, True, True]
     assert all(p.isfinite().all() for p in HRMGemmaForCausalLM.from_pretrained(folder / "checkpoint").parameters())
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_a_loss_that_is_not_finite_is_skipped_though_its_gradient_is(settings, monkeypatch, bad):
+    forward, calls = HRMGemmaForCausalLM.forward, []
+
+    def break_second(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        if self.training:
+            calls.append(1)
+            output.loss = output.loss + (bad if len(calls) == 2 else 0.0)
+        return output
+
+    monkeypatch.setattr(HRMGemmaForCausalLM, "forward", break_second)
+    steps = [row for row in metrics(run(settings("train.steps=4"))) if row["event"] == "step"]
+    assert [row["skipped_steps"] for row in steps] == [0, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("words", "skipped"),
+    [
+        (["hrm.segments=3", "train.update_every=segment"], [0, 0, 0, 1, 1, 1, 1, 1, 1]),
+        (["hrm.act=true", "hrm.max_segments=2", "hrm.q_target=replay"], [0, 1, 1, 1, 1, 1, 1, 1, 1]),
+    ],
+)
+def test_states_that_are_not_finite_cost_one_step(settings, monkeypatch, words, skipped):
+    forward, calls = HRMCore.forward, []
+
+    def break_one(self, h, **kwargs):
+        calls.append(self.training)
+        bad = self.training and sum(calls) == skipped.index(1) + 1
+        return forward(self, h * float("nan") if bad else h, **kwargs)
+
+    monkeypatch.setattr(HRMCore, "forward", break_one)
+    folder = run(settings("train.steps=9", "train.micro_batch=null", *words))
+    assert [row["skipped_steps"] for row in metrics(folder) if row["event"] == "step"] == skipped
+
+
+def test_batches_that_go_bad_stop_training_with_an_update_a_segment_too(settings, monkeypatch):
+    forward = HRMCore.forward
+    monkeypatch.setattr(
+        HRMCore, "forward", lambda self, h, **kwargs: forward(self, h * float("nan") if self.training else h, **kwargs)
+    )
+    with pytest.raises(TrainingError, match=r"the loss is nan at step 1, .* and 3 steps in a row"):
+        run(settings("train.steps=30", "hrm.segments=3", "train.update_every=segment", "train.skip_limit=3"))
 
 
 def test_too_many_bad_steps_stop_training_and_name_the_last_good_checkpoint(settings, monkeypatch):

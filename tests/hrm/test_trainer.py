@@ -115,14 +115,15 @@ def by_hand(arguments: list[str], *, per_segment: bool) -> dict[str, torch.Tenso
     segments = model.hrm.config.segments
     lengths = [len(row.prompt) + len(row.answer) for row in rows]
     plan = BatchPlan(lengths, batch_size=config.train.batch_size, steps=6, seed=config.train.seed)
-    carry, batches = None, iter(plan)
+    carry, batches, weights = None, iter(plan), model.hrm.config.segment_weights
     for step in range(config.train.steps):
         if step % (segments if per_segment else 1) == 0:
             chosen, carry = [rows[place.row] for place in next(batches)], None
         (batch,) = micro_batches(chosen, len(chosen), tokenizer.pad_token_id, pack=False)
         out = model(**batch, segments=1 if per_segment else segments, carry=carry)
         carry = out.carry if per_segment else None
-        out.loss.backward()
+        share = weights[step % segments] * segments / sum(weights) if per_segment and weights else 1.0
+        (out.loss * share).backward()
         torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], config.train.clip)
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * lr_factor(step, config.train.steps, config.train.warmup)
@@ -140,6 +141,15 @@ def test_steps_and_batches_are_those_of_a_plain_loop(settings: Load, update: str
     trained = {name: expected[name] for name in found if name in expected}
     assert any("lora_B" in name for name in trained) and "hrm.w_out" in trained
     assert_same(trained, {name: found[name] for name in trained}, tolerance=2e-4)
+
+
+def test_weights_of_segments_are_shares_with_an_update_a_segment_too(settings: Load) -> None:
+    words = "hrm.segments=3", "train.update_every=segment", "train.micro_batch=3"
+    arguments = settings(*words, "hrm.segment_weights=[1,4,2.5]")
+    expected, found = by_hand(arguments, per_segment=True), weights(run(arguments))
+    assert_same({n: expected[n] for n in found if n in expected}, {n: found[n] for n in found if n in expected}, 2e-4)
+    told = [line["loss"] for line in steps(run(settings(*words, "hrm.segment_weights=[0,0,2]")))]
+    assert [loss > 0 for loss in told] == [False, False, True] * 2
 
 
 def test_packing_trains_the_same(settings: Load) -> None:
@@ -304,7 +314,9 @@ def test_too_little_memory_for_one_row_is_said(settings: Load, monkeypatch: pyte
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
     monkeypatch.setattr("hrm.trainer.HRMTrainer._forward", never)
-    with pytest.raises(TrainingError, match=r"at step 1 with one row at a time .*Tried to allocate 2 GiB"):
+    with pytest.raises(
+        TrainingError, match=r"at step 1 with one row at a time .*Tried to allocate 2 GiB.*last good checkpoint: none"
+    ):
         run(settings())
 
 
@@ -317,6 +329,7 @@ def test_too_little_memory_for_one_row_is_said(settings: Load, monkeypatch: pyte
         "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
         "GET was unable to find an engine to execute this computation",
         "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried",
+        "",  # a MemoryError says nothing
     ],
 )
 def test_out_of_memory_is_known_by_what_cuda_says(settings: Load, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -324,7 +337,7 @@ def test_out_of_memory_is_known_by_what_cuda_says(settings: Load, text: str, mon
 
     def small(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.training and len(kwargs["input_ids"]) > 2:
-            raise RuntimeError(text)
+            raise RuntimeError(text) if text else MemoryError
         return forward(self, *args, **kwargs)
 
     monkeypatch.setattr(HRMGemmaForCausalLM, "forward", small)
