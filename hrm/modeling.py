@@ -476,9 +476,13 @@ class HRMGemmaForCausalLM(PreTrainedModel, GenerationMixin):
             output.loss = output.loss + config.q_loss_weight * output.q_loss
 
     def _segment_weights(self, core: CoreOutput) -> Tensor | None:
-        """(M,) float32; None where all count alike."""
+        """(M,) float32; None where all count alike, as one does by itself."""
         weights = self.hrm.config.segment_weights
-        return None if weights is None else torch.tensor(weights[: len(core.segments)], device=core.z_h.device)
+        return (
+            None
+            if weights is None or len(core.segments) == 1
+            else torch.tensor(weights[: len(core.segments)], device=core.z_h.device)
+        )
 
     def _score(self, z_h: Tensor, h: Tensor, targets: Tensor) -> TokenLoss:
         vocabulary = self.config.get_text_config().vocab_size
