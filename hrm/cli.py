@@ -354,7 +354,8 @@ def _run(verb: Verb, settings: Any) -> int:
         if not is_out_of_memory(error):
             raise
         reason = str(error).strip().partition("\n")[0]
-        print(f"hrm: out of memory: {reason or type(error).__name__}", file=sys.stderr)
+        less = "fewer rows at a time (train.micro_batch, eval.batch_size, batch_size) take less"
+        print(f"hrm: out of memory: {reason or type(error).__name__}; {less}", file=sys.stderr)
         return 1
     return 0
 

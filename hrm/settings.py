@@ -478,7 +478,12 @@ def check_training(settings: Any, processes: int = 1) -> None:
         )
     _check_update(settings)
     lora_dict(settings.lora)
-    _check_room(settings, hrm_config(settings.hrm), processes)
+    core = hrm_config(settings.hrm)
+    _check_room(settings, core, processes)
+    if core.act and core.max_segments == 1:
+        raise UsageError(
+            "hrm.max_segments is 1; it should be at least 2 with hrm.act=true, or nothing can go on or halt"
+        )
 
 
 PLACE_BYTES = 64  # of a row's place in the list of a batch: a pointer, and a tuple of two

@@ -564,6 +564,7 @@ def test_nothing_in_a_checkpoint_is_pickled(settings: Load) -> None:
         ("train.micro_batch=0", "at least 1, or null"),
         ("data.bad_rows=keep", "error or skip"),
         ("hrm.segment_weights=[0.5]", None),
+        ("hrm.act=true", "hrm.max_segments is 1; it should be at least 2 with hrm.act=true"),
         ("hrm.segment_weights=[0]", "hrm.segment_weights"),
     ],
 )
