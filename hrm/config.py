@@ -112,7 +112,8 @@ class HRMConfig(CheckedConfig):
     """What q_continue learns: "bootstrap" (the next segment's Q values), "replay" (the same, read from a buffer of past
     segments), or "none" (nothing: a sequence halts where q_halt > 0)."""
     q_gradient: str = "trunk"
-    """Where the Q loss' gradient goes: "trunk" (head and core) or "head" alone, as it always does with "replay"."""
+    """Where the Q loss' gradient goes: "trunk" (Q head, core and adapters) or "head" (the Q head alone), which "replay"
+    always means."""
     q_loss_weight: float = 0.5
     """Weight of the Q head's loss beside the language model's."""
     replay_size: int = 4096

@@ -205,6 +205,9 @@ def _values(exported: Exported, logs: Mapping[str, float]) -> dict[str, float]:
 # ---------------------------------------------------------------------------------------------------- integrations
 
 
+NEEDED = {"tensorboard": "it needs the package tensorboard; pip install tensorboard"}  # transformers names another way
+
+
 def check_integrations(names: Sequence[str]) -> None:
     """Makes each of the Trainer's integrations once, which costs no more than importing its package.
 
@@ -220,7 +223,8 @@ def check_integrations(names: Sequence[str]) -> None:
         try:
             INTEGRATION_TO_CALLBACK[name]()
         except (ImportError, RuntimeError) as error:
-            raise UsageError(f"train.report_to has {name!r}, which cannot be used: {first_line(error)}") from error
+            reason = NEEDED.get(name, first_line(error))
+            raise UsageError(f"train.report_to has {name!r}, which cannot be used: {reason}") from error
 
 
 # ---------------------------------------------------------------------------------------------------- progress bar

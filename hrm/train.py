@@ -141,9 +141,7 @@ class Job:
     @classmethod
     def load(cls, settings: Any, console: Console) -> Job:
         """Reads data and backbone; a UsageError where one of them cannot be used."""
-        backbone = settings.hrm.backbone or default_backbone()
-        if backbone is None:
-            raise UsageError("no backbone; set hrm.backbone=NAME_OR_PATH, or HRM_MODEL_PATH")
+        backbone = backbone_of(settings)
         template = Template(settings.data.template)
         bad_row = bad_row_of(settings.data)
         problems = load_problems(settings.data, settings.train.seed, bad_row)
@@ -197,6 +195,14 @@ def _usable(
     if not kept:
         raise UsageError("none of the held-out rows can be used")
     return kept
+
+
+def backbone_of(settings: Any) -> str:
+    """Name or path of the backbone that `settings` or the environment name; a UsageError where neither does."""
+    backbone = settings.hrm.backbone or default_backbone()
+    if backbone is None:
+        raise UsageError("no backbone; set hrm.backbone=NAME_OR_PATH, or HRM_MODEL_PATH")
+    return backbone
 
 
 def load_tokenizer(backbone: str) -> PreTrainedTokenizerBase:

@@ -16,6 +16,7 @@ from hrm.analysis.fixed_point import (
     spectral_radius,
 )
 from hrm.analysis.gradients import Agreement, compare_gradients, neumann_gradients
+from hrm.analysis.probe import check_count
 from hrm.data import Batch
 from hrm.modeling import HRMGemmaForCausalLM
 
@@ -118,14 +119,16 @@ class Analysis:
         figure.savefig(path, dpi=120)
 
 
-def analyse(model: HRMGemmaForCausalLM, batches: Sequence[Batch], folder: Path) -> Analysis:
-    """Measures gradient, Neumann series, spectral radii and residuals on `batches`, and writes them into `folder`.
+def analyse(model: HRMGemmaForCausalLM, batches: Sequence[Batch], folder: Path, *, terms: int = 8) -> Analysis:
+    """Measures gradient, Neumann series (of `terms` terms), spectral radii and residuals on `batches`, and writes them
+    into `folder`.
 
     The model is left as it was, at any step of its training, and measured in the mode that it is in.
 
     Raises:
-        ValueError: `batches` is empty, or one of them does not fit the model.
+        ValueError: `batches` is empty, or one of them does not fit the model; `terms` is no whole number above 0.
     """
+    check_count("terms", terms)  # before the gradients, which take a while
     if not batches:
         raise ValueError("batches is empty; it should hold at least one batch")
     config = model.hrm.config
@@ -134,7 +137,8 @@ def analyse(model: HRMGemmaForCausalLM, batches: Sequence[Batch], folder: Path) 
     def each(measure: Callable[..., Any], **settings: int) -> list[Any]:
         return [measure(model, batch, **settings) for batch in batches]
 
-    gradients, neumann, radii = each(compare_gradients), each(neumann_gradients), each(spectral_radius)
+    gradients, neumann = each(compare_gradients), each(neumann_gradients, terms=terms)
+    radii = each(spectral_radius)
     analysis = Analysis(
         h_cycles=cycles,
         l_steps=steps,

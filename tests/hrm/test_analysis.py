@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,9 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from omegaconf import OmegaConf
+from rich.console import Console
+from safetensors.torch import load_file
 from small_models import ACT, VOCABULARY
 from test_core import plain_segment
-from tiny_backbone import byte_tokenizer, save_tiny_backbone
+from tiny_backbone import TINY_CORE, byte_tokenizer, save_tiny_backbone
 from torch.autograd.functional import jacobian
 
 from hrm import HRMGemmaForCausalLM
@@ -29,7 +32,8 @@ from hrm.analysis import (
 from hrm.analysis.command import AnalyseSettings, analyse_run
 from hrm.analysis.probe import probe, untouched
 from hrm.data import Batch
-from hrm.settings import TrainingSettings, UsageError, load_settings
+from hrm.settings import TrainingSettings, UsageError, load_settings, load_training_settings
+from hrm.train import fine_tune
 
 DEPTH = {"h_cycles": 2, "l_steps": 3}
 TINY = {"d_l": 8, "d_h": 8, "head_size": 4, "attn_heads": 2, "attn_kv_heads": 1}
@@ -402,6 +406,7 @@ def test_padding_has_no_influence(make_model, batch, measure, side, settings):
         (lambda m, b: residual_curve(m, b, timesteps=1, cycles=True), "cycles is True; it should be a whole number"),
         (lambda m, b: compare_gradients(m, b._replace(attention_mask=0 * b.attention_mask)), "attention_mask is 0"),
         (lambda m, b: analyse(m, [], None), "batches is empty; it should hold at least one batch"),
+        (lambda m, b: analyse(m, [b], None, terms=0), "terms is 0; it should be a whole number, at least 1"),
     ],
 )
 def test_wrong_arguments_are_named(make_model, batch, call, message):
@@ -475,6 +480,7 @@ def test_the_command_analyses_a_run(run_folder, capsys):
     printed = capsys.readouterr().out
     assert (run_folder / "analysis" / "analysis.md").read_text() in printed
     assert f"Written to {run_folder / 'analysis'}" in printed
+    assert f"Measuring the trained model in {run_folder / 'checkpoint'}\n" in printed
     written = json.loads((run_folder / "analysis" / "analysis.json").read_text())
     assert (written["h_cycles"], written["l_steps"]) == (2, 3)
     assert math.isfinite(written["gradients"]["1/1"]["core"]["cosine"])
@@ -483,17 +489,17 @@ def test_the_command_analyses_a_run(run_folder, capsys):
 def test_the_command_measures_what_was_trained_on_as_it_trains(run_folder, tmp_path, monkeypatch):
     calls = []
 
-    def fake(model, batches, folder):
-        calls.append((model, batches, folder))
+    def fake(model, batches, folder, terms):
+        calls.append((model, batches, folder, terms))
         return SimpleNamespace(table=str)
 
     monkeypatch.setattr("hrm.analysis.report.analyse", fake)
-    command(f"run={run_folder}", "batches=2", "batch_size=3", f"output={tmp_path / 'there'}")
-    ((model, batches, folder),) = calls
+    command(f"run={run_folder}", "batches=2", "batch_size=3", "terms=5", f"output={tmp_path / 'there'}")
+    ((model, batches, folder, terms),) = calls
     assert model.training
     assert [len(batch.input_ids) for batch in batches] == [3, 3]
     assert all((batch.labels != -100).any() for batch in batches)
-    assert folder == tmp_path / "there"
+    assert folder == tmp_path / "there" and terms == 5
 
 
 @pytest.mark.parametrize(
@@ -502,6 +508,8 @@ def test_the_command_measures_what_was_trained_on_as_it_trains(run_folder, tmp_p
         ("run=null", "run is None; it should be given: hrm analyse run=FOLDER"),
         ("batches=0", "batches is 0; it should be at least 1"),
         ("batch_size=0", "batch_size is 0; it should be at least 1"),
+        ("terms=0", "terms is 0; it should be at least 1"),
+        ("terms=1.5", "terms is .1.5.; it should be a whole number"),
         ("run={folder}/checkpoint", "a checkpoint; it should be a run folder"),
         ("run={folder}/nowhere", "holds no checkpoint"),
         ("output={folder}/config.yaml", "output is .*, and cannot be written to"),
@@ -510,3 +518,104 @@ def test_the_command_measures_what_was_trained_on_as_it_trains(run_folder, tmp_p
 def test_what_the_command_cannot_use_is_named(run_folder, override, message):
     with pytest.raises(UsageError, match=message):
         command(f"run={run_folder}", override.format(folder=run_folder))
+
+
+# ---------------------------------------------------------------------------------------------------- checkpoints
+
+
+@pytest.fixture(scope="module")
+def trained_folder(tmp_path_factory):
+    """A run of four steps with a checkpoint after each, whose trained model is taken away."""
+    place = tmp_path_factory.mktemp("training")
+    rows = place / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"{n}?", "answer": str(n)}) + "\n" for n in range(20)))
+    own = [f"hrm.backbone={save_tiny_backbone(place / 'backbone')}", *TINY_CORE, f"data.path={rows}"]
+    own += [f"run.folder={place}", "train.steps=4", "train.save_every=1", "eval.max_new_tokens=1", "train.core_lr=0.1"]
+    folder = fine_tune(load_training_settings(own), Console(quiet=True))
+    (folder / "checkpoint").rename(folder / "finished")
+    return folder
+
+
+@pytest.fixture
+def unfinished(trained_folder, tmp_path):
+    """A copy of `trained_folder`, which may be changed."""
+    return shutil.copytree(trained_folder, tmp_path / "unfinished")
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """The models that the command measures, which it then does not."""
+    found = []
+
+    def fake(model, batches, folder, terms):
+        found.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        return SimpleNamespace(table=str)
+
+    monkeypatch.setattr("hrm.analysis.report.analyse", fake)
+    return found
+
+
+def test_a_run_that_is_not_over_is_measured_by_its_newest_checkpoint(unfinished, measured, capsys):
+    command(f"run={unfinished}")
+    newest = unfinished / "checkpoints" / "step-00000004"
+    assert f"Measuring the training checkpoint of step 4 in {newest}\n" in capsys.readouterr().out
+    whole = HRMGemmaForCausalLM.from_pretrained(unfinished / "finished").state_dict()
+    assert measured[0].keys() == whole.keys()
+    assert all(torch.equal(measured[0][name], tensor) for name, tensor in whole.items())
+
+
+def test_a_checkpoint_is_measured_itself_though_the_run_is_over(unfinished, measured, capsys, monkeypatch):
+    (unfinished / "finished").rename(unfinished / "checkpoint")
+    monkeypatch.chdir(unfinished / "checkpoints" / "step-00000003")
+    command("run=.")
+    command(f"run={unfinished}/checkpoints/step-00000003")
+    command(f"run={unfinished}")
+    printed = capsys.readouterr().out
+    assert printed.count("Measuring the training checkpoint of step 3 in ") == 2
+    assert f"Measuring the trained model in {unfinished / 'checkpoint'}\n" in printed
+    assert printed.count(f"Written to {unfinished / 'analysis'}\n") == 3
+    kept = load_file(unfinished / "checkpoints" / "step-00000003" / "model.safetensors")
+    for weights in measured[:2]:
+        assert all(torch.equal(weights[name], tensor) for name, tensor in kept.items())
+    assert not torch.equal(measured[0]["hrm.w_out"], measured[2]["hrm.w_out"])
+
+
+def test_a_checkpoint_is_analysed_like_a_trained_model(unfinished, capsys):
+    command(f"run={unfinished}", "batch_size=2", "terms=2")
+    there = json.loads((unfinished / "analysis" / "analysis.json").read_text())
+    assert len(there["neumann"]) == 2
+    (unfinished / "finished").rename(unfinished / "checkpoint")
+    command(f"run={unfinished}", "batch_size=2", "terms=2")
+    assert json.loads((unfinished / "analysis" / "analysis.json").read_text()) == there
+
+
+def edit_config(folder, old, new):
+    text = (folder / "config.yaml").read_text()
+    assert old in text
+    (folder / "config.yaml").write_text(text.replace(old, new))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda run: edit_config(run, "h_cycles: 2", "h_cycles: 3"), "hrm.h_cycles is 3 in .*; it should be 2"),
+        (lambda run: (run / "config.yaml").unlink(), "run is .*; it should be of a run on text, with its config.yaml"),
+        (lambda run: edit_config(run, "lora:", "puzzle:"), "run is .*; it should be of a run on text"),
+        (
+            lambda run: (run / "checkpoints" / "step-00000004" / "model.safetensors").write_bytes(b"cut"),
+            "step-00000004/model.safetensors cannot be read: it is not what was written",
+        ),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_measured_is_named(unfinished, measured, change, message):
+    change(unfinished)
+    with pytest.raises(UsageError, match=message):
+        command(f"run={unfinished}")
+    assert not measured
+
+
+def test_a_checkpoint_on_another_backbone_is_named(unfinished, measured, monkeypatch):
+    monkeypatch.setattr("hrm.trainer.digest_backbone", lambda model: "another")
+    with pytest.raises(UsageError, match=r"hrm.backbone is .*, which is not what .*step-00000004 was trained on"):
+        command(f"run={unfinished}")
+    assert not measured

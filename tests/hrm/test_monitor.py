@@ -17,6 +17,7 @@ from urllib.request import urlopen
 import pytest
 import torch
 from rich.console import Console
+from tiny_backbone import TINY_CORE, save_tiny_backbone
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
 
@@ -270,9 +271,37 @@ def test_a_training_is_told_of_integrations_that_are_missing_before_it_loads_any
     monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: False)
     message = before_loading(monkeypatch, "train.report_to=[wandb]")
     assert message.startswith("train.report_to has 'wandb', which cannot be used: ") and "pip install wandb" in message
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_tensorboard_available", lambda: False)
+    assert before_loading(monkeypatch, "train.report_to=[tensorboard]") == (
+        "train.report_to has 'tensorboard', which cannot be used: it needs the package tensorboard; "
+        "pip install tensorboard"
+    )
     assert before_loading(monkeypatch, "train.report_to=[[wandb]]").startswith("train.report_to has ")
     message = before_loading(monkeypatch, "train.report_to=[wandbee]")
     assert message.startswith("train.report_to has 'wandbee'; it should be a list of ") and "wandb" in message
+
+
+def test_tensorboard_gets_what_metrics_jsonl_has(tmp_path):
+    pytest.importorskip("tensorboard", reason="needs the package tensorboard, which is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"{n}?", "answer": "yes"}) + "\n" for n in range(20)))
+    own = [f"hrm.backbone={save_tiny_backbone(tmp_path / 'backbone')}", *TINY_CORE, f"data.path={rows}"]
+    own += ["hrm.act=true", "hrm.max_segments=2", "train.steps=3", "train.batch_size=4", "eval.max_new_tokens=1"]
+    own += [f"run.folder={tmp_path / 'runs'}", "train.report_to=[tensorboard]"]
+    folder = fine_tune(load_training_settings(own), Console(quiet=True))
+    (events,) = folder.glob("**/events.out.tfevents.*")
+    found = EventAccumulator(str(events)).Reload()
+    scalars = {
+        (event.step, tag.removeprefix("train/")): event.value
+        for tag in found.Tags()["scalars"]
+        for event in found.Scalars(tag)
+    }
+    lines = [line for line in read_lines(folder / "metrics.jsonl") if line["event"] in ("step", "summary")]
+    assert [line["event"] for line in lines] == ["step", "step", "step", "summary"]
+    told = {(line["step"], key): line[key] for line in lines for key in line.keys() - {"event", "step"}}
+    assert scalars == {place: pytest.approx(value, rel=1e-6) for place, value in told.items()}  # of float32
 
 
 def test_all_integrations_or_none_may_be_asked_for():
