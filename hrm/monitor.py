@@ -205,7 +205,8 @@ def _values(exported: Exported, logs: Mapping[str, float]) -> dict[str, float]:
 # ---------------------------------------------------------------------------------------------------- integrations
 
 
-NEEDED = {"tensorboard": "it needs the package tensorboard; pip install tensorboard"}  # transformers names another way
+# transformers names another way
+NEEDED = {"tensorboard": 'it needs the package tensorboard; pip install "hrm-kernels[monitor]"'}
 
 
 def check_integrations(names: Sequence[str]) -> None:

@@ -274,7 +274,7 @@ def test_a_training_is_told_of_integrations_that_are_missing_before_it_loads_any
     monkeypatch.setattr("transformers.integrations.integration_utils.is_tensorboard_available", lambda: False)
     assert before_loading(monkeypatch, "train.report_to=[tensorboard]") == (
         "train.report_to has 'tensorboard', which cannot be used: it needs the package tensorboard; "
-        "pip install tensorboard"
+        'pip install "hrm-kernels[monitor]"'
     )
     assert before_loading(monkeypatch, "train.report_to=[[wandb]]").startswith("train.report_to has ")
     message = before_loading(monkeypatch, "train.report_to=[wandbee]")
