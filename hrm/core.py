@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from hrm.attention import Mixing, SlotCache, mix, packed_documents, recording, r
 from hrm.config import HRMConfig, check_fused
 from hrm.inputs import check_beside, check_places
 from hrm.schedule import least_segments, run_cycles
+from hrm.segment_gradients import SegmentGradients
 
 G_BIAS, P_BIAS, R_BIAS = 2.0, 2.0, 1.0  # of the gates g (L step), p and r (H step): SiLUs nearly linear, r mostly open
 Q_BIAS = -5.0  # both Q values start near "no": sigmoid(-5) < 1 %, so an untrained core never halts early
@@ -71,10 +73,20 @@ class Weights(NamedTuple):
     w_o: Tensor | None = None
 
 
+class Autocast(NamedTuple):
+    """What is cast around a call."""
+
+    enabled: bool
+    dtype: torch.dtype
+
+
+EachSegment = Callable[[Segment, Tensor, Tensor], Tensor]  # (segment, h (B, S, d), W_out (d_h, d)) -> loss ()
+
+
 class CoreOutput(NamedTuple):
     """What `HRMCore.forward` returns."""
 
-    segments: list[Segment]
+    segments: list[Segment]  # with `each` the last alone
     z_h: Tensor  # (B, S, d_h), each token's slow state after its own last segment
     segments_used: Tensor  # (B, S) int32, segments that each token ran in this call; 0 for padding
     carry: HRMCarry | None = None  # None with a cache: decoding hands on slots, not states
@@ -83,6 +95,7 @@ class CoreOutput(NamedTuple):
     ahead: Segment | None = None  # one more segment, without graph, for its Q values alone; where `look_ahead` asked
     documents: Tensor | None = None  # (B, S) int64, numbered in each row; None where rows are not packed
     residual_tokens: Tensor | None = None  # (M,) int64, tokens that each of `residuals` is a mean over
+    loss: Tensor | None = None  # () what `each` returned, summed, with graph
 
 
 @dataclass
@@ -259,6 +272,7 @@ class HRMCore(nn.Module):
         counted: Tensor | None = None,
         cache: SlotCache | None = None,
         look_ahead: bool = False,
+        each: EachSegment | None = None,
     ) -> CoreOutput:
         """Runs up to `segments` segments on the hidden states `h`.
 
@@ -284,12 +298,16 @@ class HRMCore(nn.Module):
             cache: slots of the tokens before these; this call's are added.
             look_ahead: with ACT run one more segment without graph where something is left to run after the last one,
                 for what q_continue is to learn.
+            each: takes each segment as it has run, with `h` and W_out to read it out by, and returns its part of the
+                loss, (), whose gradients are taken there and then: only one segment's activations exist at a time.
+                Nothing may halt in such a call, for what a segment counts depends on how many there are.
 
         Raises:
             ValueError: an argument is not as above; the message names it.
         """
         self._check_inputs(h, attention_mask, position_ids, counted, past=0 if cache is None else cache.length)
-        dtype = _compute_dtype(self, h)
+        dtype, kind = _compute_dtype(self, h), h.device.type
+        caller = Autocast(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
         real = _real_tokens(attention_mask, h)
         if carry is None:
             carry = self.initial_carry((h.shape[0], h.shape[1]), h.device, dtype)
@@ -301,7 +319,10 @@ class HRMCore(nn.Module):
             documents = packed_documents(attention_mask, position_ids, cache is not None)
             mixing = self._mixing(attention_mask, position_ids, documents, h, cache, dtype)
             rule = HaltingRule(self.config, real, real if counted is None else counted, documents, self.training)
-            output = self._run(context, carry, weights, mixing, rule, segments, cache is None, look_ahead)
+            if each is None:
+                output = self._run(context, carry, weights, mixing, rule, segments, cache is None, look_ahead)
+            else:
+                output = self._run_each(h, context, carry, weights, mixing, rule, segments, each, caller)
         if cache is not None:
             cache.commit(h.shape[1], len(output.segments))
         return output
@@ -355,10 +376,14 @@ class HRMCore(nn.Module):
         inputs = torch.addmm(weights.b_h, z_l, weights.w_l)
         return z_l, hrm_kernels.h_update(z_h, inputs, weights.r_h, eps=config.norm_eps, backend=self.backend)
 
-    def read_out(self, h: Tensor, z_h: Tensor) -> Tensor:
-        """h + z_H W_out in the dtype of h: (..., d), (..., d_h) -> (..., d)."""
+    def read_out(self, h: Tensor, z_h: Tensor, w_out: Tensor | None = None) -> Tensor:
+        """h + z_H W_out in the dtype of h: (..., d), (..., d_h) -> (..., d).
+
+        w_out: (d_h, d) in place of the core's own.
+        """
+        w_out = self.w_out if w_out is None else w_out
         with torch.autocast(h.device.type, enabled=False):
-            return h + (z_h @ self.w_out.to(z_h.dtype)).to(h.dtype)
+            return h + (z_h @ w_out.to(z_h.dtype)).to(h.dtype)
 
     # ------------------------------------------------------------------------------------------------ segments
 
@@ -372,6 +397,7 @@ class HRMCore(nn.Module):
         segments: int | None,
         keep_carry: bool,
         look_ahead: bool,
+        each: Callable[[Segment], None] | None = None,
     ) -> CoreOutput:
         halting, limit = self._plan(segments)
         if halting and not self.training and recording(context):
@@ -381,6 +407,7 @@ class HRMCore(nn.Module):
         halted = restart = torch.zeros_like(real)  # restart: tokens whose row is over and starts anew
         out, residuals, going_on, ahead = carry.z_h, [], [], None
         done: list[Segment] = []
+        used = torch.zeros_like(real, dtype=torch.int32)
         for index in range(limit):
             old = running.z_l, running.z_h
             segment, new = self._one_segment(
@@ -390,7 +417,12 @@ class HRMCore(nn.Module):
             if halting and self.config.stop_residual:
                 settled = self._moved(running, new, real.shape)
                 segment.halted = segment.halted | rule.settled(settled)
+            if each is not None:
+                each(segment)
+                segment.z_h = segment.z_h.detach()
+                done = []
             out = torch.where(segment.active[..., None], segment.z_h, out) if halting else segment.z_h
+            used = used + segment.active
             done.append(segment)
             halted = segment.halted if halting else halted
             new = new[0].detach(), new[1].detach()
@@ -410,12 +442,39 @@ class HRMCore(nn.Module):
             with torch.no_grad():
                 count = carry.steps + len(done) + 1
                 ahead, _ = self._one_segment(len(done), running, weights, rule, count, halted, by_token, done[-1])
-        used = torch.stack([segment.active for segment in done]).sum(0, dtype=torch.int32)
         if not keep_carry:
             return CoreOutput(done, out, used)
         carry = self._carry(running, restart[:, 0].clone())
         counts = torch.stack([tokens.sum() for tokens in going_on])
         return CoreOutput(done, out, used, carry, torch.stack(residuals), ahead, rule.documents, counts)
+
+    def _run_each(
+        self,
+        h: Tensor,
+        context: Tensor,
+        carry: HRMCarry,
+        weights: Weights,
+        mixing: Mixing | None,
+        rule: HaltingRule,
+        segments: int | None,
+        each: EachSegment,
+        caller: Autocast,
+    ) -> CoreOutput:
+        """`_run` for a call with `each`, which runs under the caller's autocast."""
+        if self._plan(segments)[0]:
+            raise ValueError("each is given; it should be None with ACT or stop_residual, where segments may halt")
+        kind = h.device.type
+        names = [name for name, tensor in zip(Weights._fields, weights, strict=True) if tensor is not None]
+        taken = SegmentGradients([h, context, *(getattr(weights, name) for name in names)])
+        h, context, *parts = taken.leaves
+        weights = weights._replace(**dict(zip(names, parts, strict=True)))
+
+        def take(segment: Segment) -> None:
+            with torch.autocast(kind, dtype=caller.dtype, enabled=caller.enabled):  # the head's, not the core's
+                taken.take(each(segment, h, weights.w_out))
+
+        output = self._run(context, carry, weights, mixing, rule, segments, True, False, take)
+        return output._replace(loss=taken.loss())
 
     def _one_segment(
         self,

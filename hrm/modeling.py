@@ -404,6 +404,7 @@ class HRMGemmaForCausalLM(PreTrainedModel, GenerationMixin):
         if labels is not None:
             documents = packed_documents(attention_mask, position_ids, past_key_values is not None)
             targets = next_token_targets(labels, attention_mask, documents)
+        each = self._each(targets, segments, num_items_in_batch)
         core = self.hrm(
             h,
             attention_mask=attention_mask,
@@ -413,6 +414,7 @@ class HRMGemmaForCausalLM(PreTrainedModel, GenerationMixin):
             counted=None if targets is None else targets != IGNORED,
             cache=None if past_key_values is None else past_key_values.slots,
             look_ahead=self._looks_ahead(targets),
+            each=each,
         )
         output = HRMOutput(
             past_key_values=past_key_values,
@@ -424,7 +426,10 @@ class HRMGemmaForCausalLM(PreTrainedModel, GenerationMixin):
             hidden_states=inputs.hidden_states,
             attentions=inputs.attentions,
         )
-        if targets is not None:
+        if each is not None:
+            output.loss = core.loss
+            output.segment_losses, output.segment_tokens = each.losses(), each.tokens()
+        elif targets is not None:
             self._add_loss(output, h, core, targets, num_items_in_batch)
         if targets is None or logits_to_keep is not None:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -436,6 +441,18 @@ class HRMGemmaForCausalLM(PreTrainedModel, GenerationMixin):
         """Whether one more segment is run for what q_continue is to learn."""
         config = self.hrm.config
         return targets is not None and self.training and config.act and config.q_target == "bootstrap"
+
+    def _each(self, targets: Tensor | None, segments: int | None, items: Tensor | int | None) -> _EachLoss | None:
+        """What takes several segments' losses one by one; None where what they weigh is known only at the end (ACT,
+        stop_residual), where the head wants a gradient too, or where there is nothing to save."""
+        config = self.hrm.config
+        count = config.segments if segments is None else segments
+        if targets is None or not torch.is_grad_enabled() or config.act or config.stop_residual or count == 1:
+            return None
+        return _EachLoss(self, targets, count, items) if self._head_is_frozen() else None
+
+    def _head_is_frozen(self) -> bool:
+        return not any(parameter.requires_grad for parameter in self.get_output_embeddings().parameters())
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return _head(self.backbone, hidden)
@@ -484,10 +501,9 @@ class HRMGemmaForCausalLM(PreTrainedModel, GenerationMixin):
             else torch.tensor(weights[: len(core.segments)], device=core.z_h.device)
         )
 
-    def _score(self, z_h: Tensor, h: Tensor, targets: Tensor) -> TokenLoss:
-        vocabulary = self.config.get_text_config().vocab_size
-        frozen = not any(parameter.requires_grad for parameter in self.get_output_embeddings().parameters())
-        return linear_cross_entropy(self.hrm.read_out(h, z_h), targets, self._logits, vocabulary, frozen=frozen)
+    def _score(self, z_h: Tensor, h: Tensor, targets: Tensor, w_out: Tensor | None = None) -> TokenLoss:
+        vocabulary, hidden = self.config.get_text_config().vocab_size, self.hrm.read_out(h, z_h, w_out)
+        return linear_cross_entropy(hidden, targets, self._logits, vocabulary, frozen=self._head_is_frozen())
 
     def _cache(self, cache: Cache | None, use_cache: bool | None) -> HRMCache | None:
         if cache is None:
@@ -507,6 +523,34 @@ class HRMGemmaForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(f"cache_implementation is {kind!r}; it should be None or 'dynamic'")
         if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = HRMCache(self.config)
+
+
+class _EachLoss:
+    """Each segment's part of the model's loss, where all of `count` segments run: `each` of the core."""
+
+    def __init__(self, model: HRMGemmaForCausalLM, targets: Tensor, count: int, items: Tensor | int | None) -> None:
+        self._model, self._rows = model, (targets != IGNORED).flatten().nonzero().squeeze(1)
+        self._wanted = targets.flatten()[self._rows]
+        self._items = max(len(self._rows), 1) if items is None else items
+        weights = model.hrm.config.segment_weights
+        weights = [1.0] * count if weights is None else weights[:count]
+        self._shares = [weight / sum(weights) for weight in weights]
+        self._means: list[Tensor] = []
+
+    def __call__(self, segment: Segment, h: Tensor, w_out: Tensor) -> Tensor:
+        z_h, h = (part.flatten(0, 1)[self._rows] for part in (segment.z_h, h))
+        loss = self._model._score(z_h, h, self._wanted, w_out).loss
+        share = self._shares[len(self._means)]
+        self._means.append(loss.detach().sum() / max(1, len(self._rows)))
+        return loss.sum() * share / self._items
+
+    def losses(self) -> Tensor:
+        """(M,) float32, each segment's mean cross entropy."""
+        return torch.stack(self._means)
+
+    def tokens(self) -> Tensor:
+        """(M,) int64, how many tokens those are means over."""
+        return torch.full((len(self._means),), len(self._rows), device=self._rows.device)
 
 
 @torch.no_grad()
