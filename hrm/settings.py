@@ -467,11 +467,7 @@ def check_training(settings: Any, processes: int = 1) -> None:
     require(settings, "train.depth", is_depth, "[[share, h_cycles, l_steps], ...] with rising shares below 1")
     for name, choices in CHOICES.items():
         require(settings, name, lambda value, choices=choices: value in choices, " or ".join(choices))
-    if settings.train.optimizer != "adamw" and importlib.util.find_spec("bitsandbytes") is None:
-        raise UsageError(
-            f"train.optimizer is {settings.train.optimizer!r}, which needs the package bitsandbytes; "
-            'pip install "hrm-kernels[bnb]"'
-        )
+    check_packages(settings)
     if settings.train.batch_size % processes:
         raise UsageError(
             f"train.batch_size is {settings.train.batch_size}; it should be a multiple of the {processes} processes"
@@ -479,6 +475,21 @@ def check_training(settings: Any, processes: int = 1) -> None:
     _check_update(settings)
     lora_dict(settings.lora)
     _check_room(settings, hrm_config(settings.hrm), processes)
+
+
+def check_packages(settings: Any) -> None:
+    """Raises a UsageError that names the first key whose value needs a package that is not installed."""
+    for name, plain, package, extra in (
+        ("hrm.loader", "transformers", "unsloth", "unsloth"),
+        ("hrm.quantize", None, "bitsandbytes", "bnb"),
+        ("train.optimizer", "adamw", "bitsandbytes", "bnb"),
+    ):
+        value = OmegaConf.select(settings, name)
+        if value != plain and importlib.util.find_spec(package) is None:
+            raise UsageError(
+                f"{name} is {value!r}, which needs the package {package}; "
+                f'pip install "hrm-kernels[{extra}]", or set {name}={plain or "null"}'
+            )
 
 
 PLACE_BYTES = 64  # of a row's place in the list of a batch: a pointer, and a tuple of two

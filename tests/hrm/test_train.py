@@ -1,5 +1,6 @@
 """The training loop: learning rates, the run folder, Ctrl-C, and numbers that are not finite."""
 
+import importlib.util
 import itertools
 import json
 import math
@@ -186,6 +187,25 @@ def test_what_cannot_be_trained_is_said_before_a_run_folder_is_made(settings, tm
     with pytest.raises(UsageError, match=message):
         run(settings(override))
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "package", "extra", "way_out"),
+    [
+        ("hrm.loader=unsloth", "unsloth", "unsloth", "hrm.loader=transformers"),
+        ("hrm.quantize=nf4", "bitsandbytes", "bnb", "hrm.quantize=null"),
+        ("train.optimizer=adamw_8bit", "bitsandbytes", "bnb", "train.optimizer=adamw"),
+    ],
+)
+def test_a_package_that_is_not_installed_is_said_first(settings, monkeypatch, override, package, extra, way_out):
+    name, _, value = override.partition("=")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda wanted, *_: None if wanted == package else find(wanted))
+    with pytest.raises(UsageError) as error:
+        run(settings(override, "data.path=missing.jsonl"))
+    assert str(error.value) == (
+        f'{name} is {value!r}, which needs the package {package}; pip install "hrm-kernels[{extra}]", or set {way_out}'
+    )
 
 
 def test_a_run_folder_that_cannot_be_made_is_named(settings, tmp_path):
