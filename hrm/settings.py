@@ -445,9 +445,24 @@ def core_lr(train: Any, core: Any) -> float:
 
 def check_training(settings: Any, processes: int = 1) -> None:
     """Raises a UsageError that names the first key whose value makes no sense, for so many processes."""
-    for name in ("data.size", "data.held_out", "data.max_length", "train.batch_size", "train.save_every",
-                 "train.log_every", "train.skip_limit", "train.plateau_window", "eval.batch_size",
-                 "eval.max_new_tokens"):  # fmt: skip
+    for name in ("data.size", "data.held_out", "eval.batch_size", "eval.max_new_tokens"):
+        require(settings, name, lambda value: value >= 1, "at least 1")
+    require(settings, "eval.shots", lambda value: value >= 0, "at least 0")
+    require(settings, "data.bad_rows", lambda value: value in ("error", "skip"), "error or skip")
+    check_step(settings)
+    check_packages(settings)
+    if settings.train.batch_size % processes:
+        raise UsageError(
+            f"train.batch_size is {settings.train.batch_size}; it should be a multiple of the {processes} processes"
+        )
+    _check_room(settings, hrm_config(settings.hrm), processes)
+
+
+def check_step(settings: Any) -> None:
+    """Raises a UsageError that names the first key whose value makes no sense on any machine, of those that `hrm train`
+    and `hrm profile` both have."""
+    for name in ("data.max_length", "train.batch_size", "train.save_every", "train.log_every", "train.skip_limit",
+                 "train.plateau_window"):  # fmt: skip
         require(settings, name, lambda value: value >= 1, "at least 1")
     for name in ("train.steps", "train.micro_batch"):
         require(settings, name, lambda value: value is None or value >= 1, "at least 1, or null")
@@ -462,19 +477,13 @@ def check_training(settings: Any, processes: int = 1) -> None:
     require(settings, "train.warmup", lambda value: 0 <= value < 1, "from 0 to below 1")
     for name in ("train.weight_decay", "train.plateau_tolerance"):
         require(settings, name, lambda value: 0 <= value < math.inf, "a finite number, at least 0")
-    require(settings, "eval.shots", lambda value: value >= 0, "at least 0")
     require(settings, "hrm.quantize", lambda value: value in (None, "nf4"), '"nf4" or null')
     require(settings, "train.depth", is_depth, "[[share, h_cycles, l_steps], ...] with rising shares below 1")
     for name, choices in CHOICES.items():
         require(settings, name, lambda value, choices=choices: value in choices, " or ".join(choices))
-    check_packages(settings)
-    if settings.train.batch_size % processes:
-        raise UsageError(
-            f"train.batch_size is {settings.train.batch_size}; it should be a multiple of the {processes} processes"
-        )
     _check_update(settings)
     lora_dict(settings.lora)
-    _check_room(settings, hrm_config(settings.hrm), processes)
+    hrm_config(settings.hrm)
 
 
 def check_packages(settings: Any) -> None:
@@ -514,7 +523,6 @@ def _check_room(settings: Any, core: HRMConfig, processes: int) -> None:
 
 CHOICES = {
     "hrm.loader": ("transformers", "unsloth"),
-    "data.bad_rows": ("error", "skip"),
     "train.update_every": ("batch", "segment"),
     "train.segment_growth": ("none", "steps", "plateau"),
     "train.optimizer": ("adamw", "adamw_8bit", "paged_adamw_8bit"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -309,6 +310,44 @@ def test_what_cannot_be_planned_is_said(tmp_path: Path, monkeypatch: pytest.Monk
     for given, was in (("-1", r"-1\.0"), ("inf", "inf")):
         with pytest.raises(UsageError, match=f"gpu_gb is {was}; it should be a finite number above 0, or null"):
             shown(f"hrm.backbone={tmp_path}", f"gpu_gb={given}")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("hrm.quantize=int8", r'hrm.quantize is \'int8\'; it should be "nf4" or null'),
+        ("hrm.loader=foo", "hrm.loader is 'foo'; it should be transformers or unsloth"),
+        ("train.steps=-3", "train.steps is -3; it should be at least 1, or null"),
+        ("train.skip_limit=-1", "train.skip_limit is -1; it should be at least 1"),
+        ("train.pack=true", 'train.pack is True; it should be false with train.update_every="segment"'),
+        (
+            "hrm.offload_per_layer_embeddings=true",
+            "offload_per_layer_embeddings is True; it should be False with a qwen3",
+        ),
+    ],
+)
+def test_what_hrm_train_refuses_is_not_planned(tmp_path: Path, override: str, message: str) -> None:
+    backbone_config("qwen3").save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match=message):
+        shown(f"hrm.backbone={tmp_path}", "train.update_every=segment", override)
+
+
+def test_what_is_planned_needs_no_packages_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    missing = ("bitsandbytes", "unsloth")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None if name in missing else find(name))
+    backbone_config("qwen3").save_pretrained(tmp_path)
+    shown(f"hrm.backbone={tmp_path}", "hrm.quantize=nf4", "hrm.loader=unsloth", "train.optimizer=adamw_8bit")
+
+
+def test_a_length_that_the_backbone_does_not_allow_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    backbone_config("qwen3").save_pretrained(tmp_path)
+    shown(f"hrm.backbone={tmp_path}", "data.max_length=64")
+    assert "data.max_length" not in capsys.readouterr().out
+    shown(f"hrm.backbone={tmp_path}", "data.max_length=65")
+    said = "data.max_length is 65; the backbone allows 64 tokens, and hrm train refuses a longer row."
+    text = capsys.readouterr().out
+    assert "2 x 64 tokens" in text and said in text
 
 
 def test_a_config_without_a_models_fields_is_named() -> None:
