@@ -530,9 +530,12 @@ CHOICES = {
 
 
 def _check_update(settings: Any) -> None:
-    """What does not go together with one update a segment."""
-    if settings.train.update_every != "segment":
-        return
+    if settings.train.update_every == "segment" and (conflict := segment_conflict(settings)) is not None:
+        raise UsageError(conflict)
+
+
+def segment_conflict(settings: Any) -> str | None:
+    """What does not go together with one update a segment, in words that name the first such key; None: all does."""
     for name, wanted, why in (
         ("train.pack", False, "whose carry is by row"),
         ("train.segment_growth", "none", "where each batch has the same number of steps"),
@@ -542,7 +545,8 @@ def _check_update(settings: Any) -> None:
         value, allowed = OmegaConf.select(settings, name), wanted if isinstance(wanted, tuple) else (wanted,)
         if value not in allowed:
             should = " or ".join(str(choice).lower() for choice in allowed)
-            raise UsageError(f'{name} is {value}; it should be {should} with train.update_every="segment", {why}')
+            return f'{name} is {value}; it should be {should} with train.update_every="segment", {why}'
+    return None
 
 
 def check_generation(settings: Any) -> None:

@@ -23,6 +23,7 @@ from hrm.settings import (
     hrm_config,
     lora_dict,
     require,
+    segment_conflict,
 )
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ def plan_training(
         tokens=tokens or settings.data.max_length,
         micro_batch=min(train.micro_batch or rows, rows),
         segments=1 if train.update_every == "segment" else None,
+        by_segment=segment_conflict(settings) is None,
         gradient_checkpointing=train.gradient_checkpointing,
         optimizer=train.optimizer,
         fused=settings.hrm.fused is not False,
