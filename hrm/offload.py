@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 TABLE = "embed_tokens_per_layer"
 
@@ -66,18 +66,23 @@ class OffloadedEmbedding(nn.Module):
             self.weight = state_dict[name].detach().to("cpu", self.weight.dtype, copy=True)
 
 
+def check_per_layer_embeddings(backbone: PreTrainedConfig) -> None:
+    """Raises a ValueError where `backbone`, a config, is of no Gemma 3n, and there is nothing to keep in CPU memory."""
+    kind = backbone.get_text_config().model_type
+    if kind != "gemma3n_text":
+        raise ValueError(
+            f"offload_per_layer_embeddings is True; it should be False with a {kind} backbone: only Gemma 3n "
+            "(gemma3n_text) has per-layer embeddings to keep in CPU memory"
+        )
+
+
 def offload_per_layer_embeddings(backbone: PreTrainedModel) -> None:
     """Puts an `OffloadedEmbedding` in the place of a Gemma 3n's table of per-layer embeddings.
 
     Raises:
         ValueError: `backbone` is no Gemma 3n.
     """
-    kind = backbone.config.get_text_config().model_type
-    if kind != "gemma3n_text":
-        raise ValueError(
-            f"offload_per_layer_embeddings is True; it should be False with a {kind} backbone: only Gemma 3n "
-            "(gemma3n_text) has per-layer embeddings to keep in CPU memory"
-        )
+    check_per_layer_embeddings(backbone.config)
     for name, module in list(backbone.named_modules()):
         if name.rpartition(".")[2] == TABLE and isinstance(module, nn.Embedding):
             backbone.set_submodule(name, OffloadedEmbedding(module))

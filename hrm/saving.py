@@ -132,15 +132,17 @@ def unwritable(folder: Path) -> Iterator[None]:
         raise UsageError(f"{folder} cannot be written: {error}") from error
 
 
-def check_manifest(folder: Path, names: Collection[str] = ()) -> None:
-    """Raises a UsageError that names the file of a `replace_folder`, of `names` or of all, that is missing or not as it
-    was written."""
-    digests = read_json(folder / MANIFEST, names)
-    for name in names or digests:
-        path, digest = folder / name, digests[name]
+def check_manifest(folder: Path, names: Collection[str]) -> None:
+    """Raises a UsageError that names the first file of `names` that the manifest in `folder` does not list, that is
+    missing, or that is not as it was written."""
+    digests = read_json(folder / MANIFEST)
+    for name in names:  # not those of the manifest, which may have been cut short too
+        path = folder / name
+        if name not in digests:
+            raise UsageError(f"{folder / MANIFEST} does not list {name}, as it should: it was cut short or changed")
         if not path.is_file():
             raise UsageError(f"{path} is no file")
-        if sha256_of(path) != digest:
+        if sha256_of(path) != digests[name]:
             raise UsageError(f"{path} cannot be read: it is not what was written, cut short or changed")
 
 

@@ -445,9 +445,24 @@ def core_lr(train: Any, core: Any) -> float:
 
 def check_training(settings: Any, processes: int = 1) -> None:
     """Raises a UsageError that names the first key whose value makes no sense, for so many processes."""
-    for name in ("data.size", "data.held_out", "data.max_length", "train.batch_size", "train.save_every",
-                 "train.log_every", "train.skip_limit", "train.plateau_window", "eval.batch_size",
-                 "eval.max_new_tokens"):  # fmt: skip
+    for name in ("data.size", "data.held_out", "eval.batch_size", "eval.max_new_tokens"):
+        require(settings, name, lambda value: value >= 1, "at least 1")
+    require(settings, "eval.shots", lambda value: value >= 0, "at least 0")
+    require(settings, "data.bad_rows", lambda value: value in ("error", "skip"), "error or skip")
+    check_step(settings)
+    check_packages(settings)
+    if settings.train.batch_size % processes:
+        raise UsageError(
+            f"train.batch_size is {settings.train.batch_size}; it should be a multiple of the {processes} processes"
+        )
+    _check_room(settings, hrm_config(settings.hrm), processes)
+
+
+def check_step(settings: Any) -> None:
+    """Raises a UsageError that names the first key whose value makes no sense on any machine, of those that `hrm train`
+    and `hrm profile` both have."""
+    for name in ("data.max_length", "train.batch_size", "train.save_every", "train.log_every", "train.skip_limit",
+                 "train.plateau_window"):  # fmt: skip
         require(settings, name, lambda value: value >= 1, "at least 1")
     for name in ("train.steps", "train.micro_batch"):
         require(settings, name, lambda value: value is None or value >= 1, "at least 1, or null")
@@ -462,28 +477,32 @@ def check_training(settings: Any, processes: int = 1) -> None:
     require(settings, "train.warmup", lambda value: 0 <= value < 1, "from 0 to below 1")
     for name in ("train.weight_decay", "train.plateau_tolerance"):
         require(settings, name, lambda value: 0 <= value < math.inf, "a finite number, at least 0")
-    require(settings, "eval.shots", lambda value: value >= 0, "at least 0")
     require(settings, "hrm.quantize", lambda value: value in (None, "nf4"), '"nf4" or null')
     require(settings, "train.depth", is_depth, "[[share, h_cycles, l_steps], ...] with rising shares below 1")
     for name, choices in CHOICES.items():
         require(settings, name, lambda value, choices=choices: value in choices, " or ".join(choices))
-    if settings.train.optimizer != "adamw" and importlib.util.find_spec("bitsandbytes") is None:
-        raise UsageError(
-            f"train.optimizer is {settings.train.optimizer!r}, which needs the package bitsandbytes; "
-            'pip install "hrm-kernels[bnb]"'
-        )
-    if settings.train.batch_size % processes:
-        raise UsageError(
-            f"train.batch_size is {settings.train.batch_size}; it should be a multiple of the {processes} processes"
-        )
     _check_update(settings)
     lora_dict(settings.lora)
     core = hrm_config(settings.hrm)
-    _check_room(settings, core, processes)
     if core.act and core.max_segments == 1:
         raise UsageError(
             "hrm.max_segments is 1; it should be at least 2 with hrm.act=true, or nothing can go on or halt"
         )
+
+
+def check_packages(settings: Any) -> None:
+    """Raises a UsageError that names the first key whose value needs a package that is not installed."""
+    for name, plain, package, extra in (
+        ("hrm.loader", "transformers", "unsloth", "unsloth"),
+        ("hrm.quantize", None, "bitsandbytes", "bnb"),
+        ("train.optimizer", "adamw", "bitsandbytes", "bnb"),
+    ):
+        value = OmegaConf.select(settings, name)
+        if value != plain and importlib.util.find_spec(package) is None:
+            raise UsageError(
+                f"{name} is {value!r}, which needs the package {package}; "
+                f'pip install "hrm-kernels[{extra}]", or set {name}={plain or "null"}'
+            )
 
 
 PLACE_BYTES = 64  # of a row's place in the list of a batch: a pointer, and a tuple of two
@@ -508,7 +527,6 @@ def _check_room(settings: Any, core: HRMConfig, processes: int) -> None:
 
 CHOICES = {
     "hrm.loader": ("transformers", "unsloth"),
-    "data.bad_rows": ("error", "skip"),
     "train.update_every": ("batch", "segment"),
     "train.segment_growth": ("none", "steps", "plateau"),
     "train.optimizer": ("adamw", "adamw_8bit", "paged_adamw_8bit"),
@@ -516,9 +534,12 @@ CHOICES = {
 
 
 def _check_update(settings: Any) -> None:
-    """What does not go together with one update a segment."""
-    if settings.train.update_every != "segment":
-        return
+    if settings.train.update_every == "segment" and (conflict := segment_conflict(settings)) is not None:
+        raise UsageError(conflict)
+
+
+def segment_conflict(settings: Any) -> str | None:
+    """What does not go together with one update a segment, in words that name the first such key; None: all does."""
     for name, wanted, why in (
         ("train.pack", False, "whose carry is by row"),
         ("train.segment_growth", "none", "where each batch has the same number of steps"),
@@ -528,7 +549,8 @@ def _check_update(settings: Any) -> None:
         value, allowed = OmegaConf.select(settings, name), wanted if isinstance(wanted, tuple) else (wanted,)
         if value not in allowed:
             should = " or ".join(str(choice).lower() for choice in allowed)
-            raise UsageError(f'{name} is {value}; it should be {should} with train.update_every="segment", {why}')
+            return f'{name} is {value}; it should be {should} with train.update_every="segment", {why}'
+    return None
 
 
 def check_generation(settings: Any) -> None:

@@ -23,7 +23,7 @@ from hrm.evaluate import Evaluation, commonest_answer, evaluate
 from hrm.modeling import HRMGemmaForCausalLM
 from hrm.monitor import JsonlCallback, ProgressCallback, PrometheusCallback, check_integrations
 from hrm.profile.advice import available_memory, check_fits
-from hrm.profile.command import plan_training
+from hrm.profile.command import load_config, plan_training
 from hrm.running import (
     Interrupted,
     StopOnInterrupt,
@@ -90,7 +90,6 @@ def _check_record(settings: Any) -> None:
 
 def _fine_tune(settings: Any, processes: PartialState, console: Console, exporter: list[TrainerCallback]) -> Path:
     job = on_each(processes, lambda: Job.load(settings, console))
-    job.warn_of_memory(processes.num_processes, console)
     folder = on_first(processes, lambda: run_folder(settings, settings.run.name))
     rate = settings.train.core_lr
     report.print_start(console, job.model, rate, job.backbone, len(job.rows), len(job.problems.held_out), folder)
@@ -149,22 +148,14 @@ class Job:
         rows = encode(problems.train, template, tokenizer, settings.data.max_length, bad_row)
         problems = replace(problems, held_out=_usable(problems.held_out, template, tokenizer, settings))
         held_out = encode(problems.held_out, template, tokenizer, settings.data.max_length)
+        longest = max(len(row.tokens) for row in rows)
+        warn_of_memory(settings, backbone, longest, console)  # before the weights, which alone may not fit
         with console.status(f"Loading {backbone}"):
             model = load_model(backbone, settings)
-        longest = max(len(row.tokens) for row in rows)
         check_length("a row of the training data", longest, model, "Lower data.max_length to find it.")
         longest = max(len(row.prompt) for row in held_out) + settings.eval.max_new_tokens
         check_length("a held-out problem with its answer", longest, model, "Lower eval.max_new_tokens.")
         return cls(settings, backbone, model, tokenizer, template, problems, rows)
-
-    def warn_of_memory(self, processes: int, console: Console) -> None:
-        """Says where a step is predicted not to fit the GPU, and what would make it fit."""
-        if not torch.cuda.is_available():
-            return
-        longest = max(len(row.tokens) for row in self.rows)
-        plan = plan_training(self.settings, self.model.config.backbone, longest, processes)
-        if (warning := check_fits(plan, available_memory())) is not None:
-            console.print(warning)
 
     @property
     def steps(self) -> int:
@@ -214,6 +205,18 @@ def load_tokenizer(backbone: str) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def warn_of_memory(settings: Any, backbone: str, longest: int, console: Console) -> None:
+    """Says where a step with a row of `longest` tokens is predicted not to fit the GPU, and what would make it fit."""
+    if not torch.cuda.is_available():
+        return
+    try:
+        plan = plan_training(settings, load_config(backbone), longest, PartialState().num_processes)
+    except ValueError:  # what is wrong with the backbone, if anything is, loading it says
+        return
+    if (warning := check_fits(plan, available_memory())) is not None:
+        console.print(warning)
 
 
 def load_model(backbone: str, settings: Any) -> HRMGemmaForCausalLM:

@@ -81,8 +81,11 @@ def save_training(trainer: HRMTrainer, folder: Path) -> None:
 
 
 def check_training(folder: Path) -> None:
-    """Raises a UsageError that names the file of a checkpoint that is missing or damaged."""
-    check_manifest(folder)
+    """Raises a UsageError that names the file of a checkpoint that is missing, damaged or not in its manifest."""
+    check_manifest(folder, (PROGRESS,))
+    ranks = range(read_json(folder / PROGRESS, ("world",))["world"])
+    of_ranks = (name for rank in ranks for name in _rank_files(rank))
+    check_manifest(folder, (MODEL, OPTIMIZER, NUMBERS, TRAINER_STATE_NAME, *of_ranks))
 
 
 def check_record(folder: Path, now: Mapping[str, Any], run: Path) -> None:
@@ -140,7 +143,8 @@ def load_rank(trainer: HRMTrainer, folder: Path) -> None:
     """
     args, written = trainer.args, read_json(folder / PROGRESS)["world"]
     rank = args.process_index % written
-    tensors, numbers = read_tensors(folder / f"rank-{rank}.safetensors"), read_json(folder / f"rank-{rank}.json")
+    tensors_file, numbers_file = _rank_files(rank)
+    tensors, numbers = read_tensors(folder / tensors_file), read_json(folder / numbers_file)
     replay = {name.removeprefix("replay."): t for name, t in tensors.items() if name.startswith("replay.")}
     trainer.core_model.replay.load_state(replay, args.device)
     if written != args.world_size:
@@ -154,6 +158,11 @@ def load_rank(trainer: HRMTrainer, folder: Path) -> None:
     torch.set_rng_state(tensors["torch"])
     if "cuda" in tensors and args.device.type == "cuda":
         torch.cuda.set_rng_state(tensors["cuda"], args.device)
+
+
+def _rank_files(rank: int) -> tuple[str, str]:
+    """Of a process: its tensors and its numbers."""
+    return f"rank-{rank}.safetensors", f"rank-{rank}.json"
 
 
 def _optimizer(trainer: HRMTrainer) -> Any:
@@ -216,6 +225,7 @@ def _write_rank(trainer: HRMTrainer, place: Path) -> None:
     tensors |= {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(words.astype(np.int64))}
     if device.type == "cuda":
         tensors["cuda"] = torch.cuda.get_rng_state(device)
-    write_tensors(place / f"rank-{rank}.safetensors", tensors)
+    tensors_file, numbers_file = _rank_files(rank)
+    write_tensors(place / tensors_file, tensors)
     numbers = {"python": random.getstate(), "numpy": [kind, position, has_gauss, cached]}
-    write_json(place / f"rank-{rank}.json", numbers)
+    write_json(place / numbers_file, numbers)

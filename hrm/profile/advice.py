@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hrm.profile.plan import MemoryPlan
+from hrm.profile.plan import MemoryPlan, Step
 
 
 @dataclass(frozen=True)
@@ -18,31 +18,45 @@ class Saving:
     setting: str  # what a user sets, or does
     cost: str
     field: str  # of `Step`
-    better: Callable[[Any], Any]  # the field's value -> the one that takes less, or the same where there is none
+    better: Callable[[Step], Any]  # the step -> the field's value that takes less, or the same where there is none
+    changes_training: bool = False  # which is then said with the setting
 
     def applied(self, plan: MemoryPlan) -> MemoryPlan:
         """The plan with this saving; the same object where it changes nothing."""
-        now = getattr(plan.step, self.field)
-        better = self.better(now)
-        return plan if better == now else plan.changed(**{self.field: better})
+        better = self.better(plan.step)
+        return plan if better == getattr(plan.step, self.field) else plan.changed(**{self.field: better})
+
+    def named(self, step: Step) -> str:
+        """What a user sets to train as `step` says."""
+        setting = self.setting.format(micro_batch=step.micro_batch)
+        return f"{setting} ({self.cost})" if self.changes_training else setting
 
 
-def _on(_: bool) -> bool:
+def _on(_: Step) -> bool:
     return True
 
 
-SAVINGS = (  # the one that costs least first
+SAVINGS = (  # the one that costs least first, the one that trains otherwise last
     Saving(
         "train.optimizer=adamw_8bit",
         "states in 8 bits",
         "optimizer",
-        lambda kind: "adamw_8bit" if kind == "adamw" else kind,
+        lambda step: "adamw_8bit" if step.optimizer == "adamw" else step.optimizer,
     ),
     Saving("hrm.offload_per_layer_embeddings=true", "each token's rows are copied", "per_layer_on_cpu", _on),
-    Saving("train.micro_batch={micro_batch}", "less to do at a time", "micro_batch", lambda rows: -(-rows // 2)),
+    Saving(
+        "train.micro_batch={micro_batch}", "less to do at a time", "micro_batch", lambda step: -(-step.micro_batch // 2)
+    ),
     Saving("train.gradient_checkpointing=true", "a second forward pass", "gradient_checkpointing", _on),
     Saving("hrm.quantize=nf4", "its weights are rounded", "four_bit", _on),
     Saving("train.optimizer=paged_adamw_8bit", "states come from the host", "optimizer", lambda _: "paged_adamw_8bit"),
+    Saving(
+        "train.update_every=segment",
+        "changes the training: one optimizer step a segment",
+        "segments",
+        lambda step: 1 if step.by_segment else step.segments,
+        changes_training=True,
+    ),
 )
 
 
@@ -58,7 +72,7 @@ def check_fits(plan: MemoryPlan, available: int) -> str | None:
         f"a training step is predicted to take {in_gb(plan.peak)} GB of the GPU, {in_gb(plan.peak - available)} GB "
         f"more than the {in_gb(available)} GB there are; "
     )
-    names = ", ".join(saving.setting.format(micro_batch=smallest.step.micro_batch) for saving in taken)
+    names = ", ".join(saving.named(smallest.step) for saving in taken)
     if smallest.peak <= available:
         return f"{text}it would fit, with {in_gb(smallest.peak)} GB, with: {names}"
     if not taken:

@@ -13,15 +13,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hrm.settings import (
-    CHOICES,
     HRMSection,
     LoraSection,
     TrainSection,
     UsageError,
+    check_packages,
+    check_step,
     default_backbone,
     hrm_config,
     lora_dict,
     require,
+    segment_conflict,
 )
 
 if TYPE_CHECKING:
@@ -69,6 +71,7 @@ def plan_training(
         tokens=tokens or settings.data.max_length,
         micro_batch=min(train.micro_batch or rows, rows),
         segments=1 if train.update_every == "segment" else None,
+        by_segment=segment_conflict(settings) is None,
         gradient_checkpointing=train.gradient_checkpointing,
         optimizer=train.optimizer,
         fused=settings.hrm.fused is not False,
@@ -87,6 +90,7 @@ def profile(settings: Any) -> None:
     Raises:
         UsageError: a setting or a backbone that cannot be used.
     """
+    from hrm.offload import check_per_layer_embeddings
     from hrm.profile.advice import available_memory, check_fits, in_gb
     from hrm.profile.report import print_plan
 
@@ -95,15 +99,20 @@ def profile(settings: Any) -> None:
     if name is None:
         raise UsageError("no backbone; set hrm.backbone=NAME_OR_PATH, or HRM_MODEL_PATH")
     backbone = load_config(name)
-    allowed = getattr(backbone.get_text_config(), "max_position_embeddings", None)  # no row may be longer
+    asked, allowed = settings.data.max_length, getattr(backbone.get_text_config(), "max_position_embeddings", None)
     try:
-        plan = plan_training(settings, backbone, min(settings.data.max_length, allowed or settings.data.max_length))
+        if settings.hrm.offload_per_layer_embeddings:
+            check_per_layer_embeddings(backbone)
+        plan = plan_training(settings, backbone, min(asked, allowed or asked))
     except ValueError as error:
         raise UsageError(f"hrm.backbone is {name!r}, and cannot be planned with: {error}") from error
     measured = {}
     if torch.cuda.is_available() and _has_weights(name):
+        check_packages(settings)
         measured = _measured(name, settings, plan.step)
     print_plan(plan, measured)
+    if plan.step.tokens < asked:
+        print(f"data.max_length is {asked}; the backbone allows {allowed} tokens, and hrm train refuses a longer row.")
     available = available_memory() if torch.cuda.is_available() else None
     available = available if settings.gpu_gb is None else int(settings.gpu_gb * 1e9)
     if available is not None:
@@ -127,13 +136,9 @@ def load_config(name: str) -> PreTrainedConfig:
 
 
 def _check(settings: Any) -> None:
-    for name in ("data.max_length", "train.batch_size"):
-        require(settings, name, lambda value: value >= 1, "at least 1")
-    require(settings, "train.micro_batch", lambda value: value is None or value >= 1, "at least 1, or null")
+    check_step(settings)  # without the packages: what is planned for may be another machine
     finite = "a finite number above 0, or null"
     require(settings, "gpu_gb", lambda value: value is None or 0 < value < math.inf, finite)
-    for name in ("train.optimizer", "train.update_every"):
-        require(settings, name, lambda value, name=name: value in CHOICES[name], " or ".join(CHOICES[name]))
 
 
 def _has_weights(name: str) -> bool:

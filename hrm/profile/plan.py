@@ -48,6 +48,8 @@ class Step:
     """One of `OPTIMIZERS`."""
     fused: bool = True
     """Whether the core runs the Triton kernels, which save less."""
+    by_segment: bool = False
+    """Whether the training could take an optimizer step a segment, so that one is in memory at a time."""
 
     def __post_init__(self) -> None:
         for name in ("tokens", "micro_batch") if self.segments is None else ("tokens", "micro_batch", "segments"):

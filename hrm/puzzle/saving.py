@@ -84,5 +84,5 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         UsageError: a file is missing, damaged, or of another version; the message names it.
     """
-    check_manifest(folder)
+    check_manifest(folder, (STATE, PROGRESS))
     return read_tensors(folder / STATE), read_json(folder / PROGRESS, ("step", "seconds", "identity", "settings"))

@@ -18,9 +18,10 @@ from test_trainer import assert_same, assert_same_lines, steps, weights
 from tiny_backbone import TINY_CORE, save_tiny_backbone
 
 from hrm import HRMGemmaForCausalLM
-from hrm.saving import check_manifest, checkpoints
+from hrm.saving import checkpoints
 from hrm.settings import UsageError, load_training_settings
 from hrm.sharding import check_sharding
+from hrm.training_state import check_training
 
 TESTS = Path(__file__).parent
 
@@ -122,7 +123,7 @@ def test_a_full_disk_of_one_process_ends_all_with_the_same_message(
     assert one.endswith(f"; with that mended, go on with run.resume={folder}\n")
     left = sorted(path.name for path in (folder / "checkpoints").iterdir())
     assert left == (["step-00000004", "step-00000005"] if where == "save_pretrained" else ["step-00000002"])
-    check_manifest(checkpoints(folder)[-1])
+    check_training(checkpoints(folder)[-1])
 
 
 @pytest.fixture(scope="module", params=["gemma3_text", "qwen3"])  # embeddings tied to the head, and not

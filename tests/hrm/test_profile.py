@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -216,7 +217,7 @@ BIG = Gemma3nTextConfig(  # E4B's widths with few layers and words
 
 @pytest.fixture(scope="module")
 def big() -> MemoryPlan:
-    return predict_memory(BIG, HRMConfig(), True, Step(1024, 4))
+    return predict_memory(BIG, HRMConfig(segments=2), True, Step(1024, 4, by_segment=True))
 
 
 def test_each_saving_saves(big: MemoryPlan) -> None:
@@ -250,6 +251,39 @@ def test_advice_names_the_cheapest_savings_that_suffice(big: MemoryPlan) -> None
     assert "adamw_8bit" in text and text.count("train.optimizer") == 1  # the paged ones instead of the others
 
 
+def test_a_step_a_segment_is_advised_last_and_as_a_change() -> None:
+    plan = others = predict_memory(BIG, HRMConfig(segments=16), True, Step(4096, 1, by_segment=True))
+    for saving in SAVINGS[:-1]:
+        while (smaller := saving.applied(others)).peak < others.peak:
+            others = smaller
+    change = "train.update_every=segment (changes the training: one optimizer step a segment)"
+    text = check_fits(plan, others.peak)
+    assert text is not None and "it would fit" in text and "update_every" not in text
+    text = check_fits(plan, others.peak - 1)
+    assert text is not None and text.endswith(change) and "it would fit" in text
+    text = check_fits(plan.changed(by_segment=False), others.peak - 1)
+    assert text is not None and "update_every" not in text
+
+
+@pytest.mark.parametrize(
+    ("override", "possible"),
+    [
+        ("hrm.segments=4", True),
+        ("train.pack=true", False),
+        ("train.segment_growth=steps", False),
+        ("hrm.stop_residual=0.1", False),
+        ("hrm.q_target=replay", False),
+        ("train.update_every=segment", False),
+    ],
+)
+def test_a_step_a_segment_is_offered_where_it_can_be(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str, possible: bool
+) -> None:
+    backbone_config("qwen3").save_pretrained(tmp_path)
+    shown(f"hrm.backbone={tmp_path}", "hrm.segments=4", "hrm.d_h=512", "train.batch_size=64", override)
+    assert ("train.update_every=segment" in capsys.readouterr().out) is possible
+
+
 def test_micro_batches_are_halved_as_often_as_needed(big: MemoryPlan) -> None:
     least = big.changed(optimizer="adamw_8bit", per_layer_on_cpu=True, micro_batch=1).peak
     text = check_fits(big, least)
@@ -280,8 +314,8 @@ def test_settings_decide_what_is_planned() -> None:
         settings = load_settings(ProfileSettings, ["hrm.d_l=64", "hrm.d_h=64", *overrides])
         return plan_training(settings, backbone_config("qwen3"), **fields).step
 
-    assert planned() == Step(512, 8)
-    assert planned("train.micro_batch=3", processes=2, tokens=32) == Step(32, 3)
+    assert planned() == Step(512, 8, by_segment=True)
+    assert planned("train.micro_batch=3", processes=2, tokens=32) == Step(32, 3, by_segment=True)
     assert planned("train.micro_batch=8", processes=4).micro_batch == 2
     assert planned("train.update_every=segment", "hrm.segments=4").segments == 1
     assert planned("train.optimizer=adamw_8bit", "hrm.fused=false").fused is False
@@ -309,6 +343,44 @@ def test_what_cannot_be_planned_is_said(tmp_path: Path, monkeypatch: pytest.Monk
     for given, was in (("-1", r"-1\.0"), ("inf", "inf")):
         with pytest.raises(UsageError, match=f"gpu_gb is {was}; it should be a finite number above 0, or null"):
             shown(f"hrm.backbone={tmp_path}", f"gpu_gb={given}")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("hrm.quantize=int8", r'hrm.quantize is \'int8\'; it should be "nf4" or null'),
+        ("hrm.loader=foo", "hrm.loader is 'foo'; it should be transformers or unsloth"),
+        ("train.steps=-3", "train.steps is -3; it should be at least 1, or null"),
+        ("train.skip_limit=-1", "train.skip_limit is -1; it should be at least 1"),
+        ("train.pack=true", 'train.pack is True; it should be false with train.update_every="segment"'),
+        (
+            "hrm.offload_per_layer_embeddings=true",
+            "offload_per_layer_embeddings is True; it should be False with a qwen3",
+        ),
+    ],
+)
+def test_what_hrm_train_refuses_is_not_planned(tmp_path: Path, override: str, message: str) -> None:
+    backbone_config("qwen3").save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match=message):
+        shown(f"hrm.backbone={tmp_path}", "train.update_every=segment", override)
+
+
+def test_what_is_planned_needs_no_packages_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    missing = ("bitsandbytes", "unsloth")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None if name in missing else find(name))
+    backbone_config("qwen3").save_pretrained(tmp_path)
+    shown(f"hrm.backbone={tmp_path}", "hrm.quantize=nf4", "hrm.loader=unsloth", "train.optimizer=adamw_8bit")
+
+
+def test_a_length_that_the_backbone_does_not_allow_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    backbone_config("qwen3").save_pretrained(tmp_path)
+    shown(f"hrm.backbone={tmp_path}", "data.max_length=64")
+    assert "data.max_length" not in capsys.readouterr().out
+    shown(f"hrm.backbone={tmp_path}", "data.max_length=65")
+    said = "data.max_length is 65; the backbone allows 64 tokens, and hrm train refuses a longer row."
+    text = capsys.readouterr().out
+    assert "2 x 64 tokens" in text and said in text
 
 
 def test_a_config_without_a_models_fields_is_named() -> None:

@@ -57,7 +57,10 @@ def test_what_fits_is_not_refused() -> None:
         ([f"train.batch_size={BIG}"], f"train.batch_size is {BIG}: the list of a batch's rows would take 64,000 GB"),
         (["data.task=object_swaps", f"data.size={BIG}"], f"data.size is {BIG} and data.held_out is 64: the problems"),
         (["data.task=chain_sum", f"data.held_out={BIG}"], f"data.held_out is {BIG}: the problems would take"),
-        (["hrm.act=true", "hrm.q_target=replay", f"hrm.replay_size={WIDE}"], "hrm.replay_size is 2147483584: the rep"),
+        (
+            ["hrm.act=true", "hrm.max_segments=2", "hrm.q_target=replay", f"hrm.replay_size={WIDE}"],
+            "hrm.replay_size is 2147483584: the rep",
+        ),
     ],
 )
 def test_sizes_of_a_text_run(words: list[str], message: str) -> None:

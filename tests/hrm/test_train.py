@@ -1,5 +1,6 @@
 """The training loop: learning rates, the run folder, Ctrl-C, and numbers that are not finite."""
 
+import importlib.util
 import itertools
 import json
 import math
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import PartialState
 from omegaconf import OmegaConf
 from rich.console import Console
 from tiny_backbone import TINY_CORE, save_tiny_backbone
@@ -22,7 +24,7 @@ from hrm.cli import main
 from hrm.evaluate import evaluate
 from hrm.running import Interrupted, TrainingError
 from hrm.settings import UsageError, load_training_settings
-from hrm.train import fine_tune, load_tokenizer
+from hrm.train import Job, fine_tune, load_tokenizer, warn_of_memory
 from hrm.trainer import lr_factor, make_optimizer
 
 QUIET = Console(quiet=True)
@@ -233,6 +235,25 @@ def test_what_cannot_be_trained_is_said_before_a_run_folder_is_made(settings, tm
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("override", "package", "extra", "way_out"),
+    [
+        ("hrm.loader=unsloth", "unsloth", "unsloth", "hrm.loader=transformers"),
+        ("hrm.quantize=nf4", "bitsandbytes", "bnb", "hrm.quantize=null"),
+        ("train.optimizer=adamw_8bit", "bitsandbytes", "bnb", "train.optimizer=adamw"),
+    ],
+)
+def test_a_package_that_is_not_installed_is_said_first(settings, monkeypatch, override, package, extra, way_out):
+    name, _, value = override.partition("=")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda wanted, *_: None if wanted == package else find(wanted))
+    with pytest.raises(UsageError) as error:
+        run(settings(override, "data.path=missing.jsonl"))
+    assert str(error.value) == (
+        f'{name} is {value!r}, which needs the package {package}; pip install "hrm-kernels[{extra}]", or set {way_out}'
+    )
+
+
 def test_a_run_folder_that_cannot_be_made_is_named(settings, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match=r"run.folder is '.*file', and cannot be written to"):
@@ -246,6 +267,30 @@ def test_a_backbone_that_the_adapters_do_not_fit_is_one_line_and_status_2(settin
     assert main(["train", *settings(f"hrm.backbone={tmp_path / 'gpt2'}")]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(f"hrm: hrm.backbone is '{tmp_path / 'gpt2'}', and cannot be used: lora: no attention")
+
+
+@pytest.mark.parametrize(("there", "told"), [(1000, 1), (10**12, 0)])
+def test_too_little_memory_is_said_before_the_weights_are_loaded(settings, monkeypatch, there, told):
+    said, console = [], Console(quiet=True)
+    PartialState()  # made before there seems to be a GPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("hrm.train.available_memory", lambda: there)
+    monkeypatch.setattr(console, "print", said.append)
+    monkeypatch.setattr("hrm.train.load_model", lambda *_: pytest.fail(f"loaded after {len(said)}"))
+    with pytest.raises(pytest.fail.Exception, match=f"loaded after {told}"):
+        Job.load(load_training_settings(settings()), console)
+    assert all(text.startswith("a training step is predicted to take") for text in said)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "hrm_gemma"])
+def test_a_backbone_that_cannot_be_planned_is_left_to_loading(settings, backbone, tmp_path, monkeypatch, kind):
+    made = AutoConfig.for_model("gpt2", n_embd=32, n_layer=1, n_head=2)
+    if kind == "hrm_gemma":
+        made = HRMGemmaForCausalLM.from_backbone(backbone, hrm={"d_l": 32, "d_h": 32, "head_size": 16}).config
+    made.save_pretrained(tmp_path)
+    PartialState()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    warn_of_memory(load_training_settings(settings()), str(tmp_path), 8, QUIET)
 
 
 def test_rows_longer_than_the_backbone_allows_are_refused(settings):

@@ -30,10 +30,11 @@ from hrm.curriculum import SegmentGrowth
 from hrm.data import Encoded, Template, encode, load_problems
 from hrm.loss import IGNORED
 from hrm.running import Interrupted, TrainingError, locked
-from hrm.saving import checkpoints, put_in_place
+from hrm.saving import checkpoints, put_in_place, replace_folder
 from hrm.settings import TrainingSettings, UsageError, load_settings, load_training_settings
 from hrm.train import fine_tune, load_model, load_tokenizer
 from hrm.trainer import HRMTrainer, Measurements, lr_factor, make_optimizer
+from hrm.training_state import check_training
 
 Load = Callable[..., list[str]]
 QUIET = Console(quiet=True)
@@ -474,6 +475,36 @@ def test_a_damaged_checkpoint_is_refused_by_name(settings: Load, name: str) -> N
         resume(folder)
     path.unlink()
     with pytest.raises(UsageError, match=f"{name} is no file"):
+        resume(folder)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "rank-1.json", "trainer_state.json"])
+def test_a_manifest_that_lacks_a_file_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    def fill(place: Path) -> None:
+        ranks = [f"rank-{rank}.{kind}" for rank in (0, 1) for kind in ("safetensors", "json")]
+        for file in ("model.safetensors", "optimizer.safetensors", "optimizer.json", "trainer_state.json", *ranks):
+            (place / file).write_text(file)
+        (place / "progress.json").write_text('{"world": 2}')
+
+    folder = tmp_path / "step-00000001"
+    replace_folder(folder, fill)
+    check_training(folder)
+    (folder / name).write_text("changed")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest[name]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UsageError, match=f"manifest.json does not list {name}, as it should"):
+        check_training(folder)
+
+
+def test_a_run_does_not_go_on_with_a_manifest_cut_short(settings: Load) -> None:
+    folder = run(settings("train.steps=1"))
+    place = checkpoints(folder)[-1]
+    manifest = json.loads((place / "manifest.json").read_text())
+    (place / "manifest.json").write_text(json.dumps({"progress.json": manifest["progress.json"]}))
+    tensors = load_file(place / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, place / "model.safetensors")
+    with pytest.raises(UsageError, match=r"manifest.json does not list model.safetensors, as it should"):
         resume(folder)
 
 

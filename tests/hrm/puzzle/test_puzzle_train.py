@@ -254,6 +254,14 @@ def test_a_model_that_a_kill_took_is_written_again(tmp_path: Path, monkeypatch: 
     assert all(torch.equal(tensor, found.state_dict()[name]) for name, tensor in expected.state_dict().items())
 
 
+def test_a_manifest_that_lacks_a_file_is_refused_by_name(tmp_path: Path) -> None:
+    folder = save_checkpoint(tmp_path, 3, {"a": torch.zeros(3)}, {"seconds": 0, "identity": {}, "settings": {}})
+    assert load_checkpoint(folder)[1]["step"] == 3
+    (folder / "manifest.json").write_text("{}")
+    with pytest.raises(UsageError, match=f"manifest.json does not list {STATE}, as it should"):
+        load_checkpoint(folder)
+
+
 @pytest.mark.parametrize("text", ["x: [", "trian:\n  steps: 3\n", "train:\n  steps: many\n"])
 def test_damaged_settings_of_a_run_are_named(text: str, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(text)
