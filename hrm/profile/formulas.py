@@ -13,8 +13,8 @@ NF4_BLOCK = 64  # values that share one scale
 def core_activations(config: HRMConfig, rows: int, segments: int, width: int, *, fused: bool) -> int:
     """Bytes that autograd saves of the core on `rows` tokens, in values of `width` bytes.
 
-    For n = rows, M = segments, C = grad_cycles, G = grad_l_steps: it grows with M C G, and neither with N nor with T,
-    whose other steps run without graph. With the kernels it does not grow with G either:
+    For n = rows, M = segments whose losses are taken together, C = grad_cycles, G = grad_l_steps: it grows with M C G,
+    and neither with N nor with T, whose other steps run without graph. With the kernels it does not grow with G either:
 
         once           x, the norm's float32 input, its scales, RoPE's two tables
         L, eager       G (state, g, u, silu, hidden, and y and its scales in float32), new state
@@ -50,6 +50,19 @@ def core_activations(config: HRMConfig, rows: int, segments: int, width: int, *,
     whole = config.grad_l_steps == config.l_steps and config.l_reset == "carry"
     shared = (config.grad_cycles - 1) * d_l * width if whole else 0  # a cycle's new state is the next one's first
     return rows * (once + segments * (config.grad_cycles * (low + high) + act - shared))
+
+
+def shared_gradients(config: HRMConfig, rows: int, weights: int, width: int) -> int:
+    """Bytes of what several segments' gradients add up in (`hrm.segment_gradients`): those of the backbone's output, of
+    x W_x + b_c and of the core's weights, twice, since one segment's are there beside the sum.
+
+    Args:
+        config: of the core.
+        rows: tokens of a micro batch.
+        weights: bytes of the core's weights in float32.
+        width: of a value in the recurrence, 2 or 4.
+    """
+    return 2 * (rows * (config.hidden_size + 2 * config.d_l) * width + weights * width // 4)
 
 
 def loss_bytes(text: PreTrainedConfig, config: HRMConfig, rows: int, segments: int, width: int) -> int:

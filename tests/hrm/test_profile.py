@@ -163,6 +163,12 @@ def test_activations_do_not_grow_with_depth(reset: str) -> None:
     assert core_activations(config, 64, 2, 4, fused=False) == pytest.approx(deep, rel=0.02)
 
 
+def test_a_plan_does_not_grow_with_the_segments_but_where_they_may_halt() -> None:
+    two, many = (plan_for(segments=count).peaks for count in (2, 20))
+    assert two == many
+    assert plan_for(act=True, max_segments=20).peak > plan_for(act=True, max_segments=2).peak
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("rows", [1, 2])
 def test_activations_of_the_whole_model_are_as_counted(
@@ -252,7 +258,7 @@ def test_advice_names_the_cheapest_savings_that_suffice(big: MemoryPlan) -> None
 
 
 def test_a_step_a_segment_is_advised_last_and_as_a_change() -> None:
-    plan = others = predict_memory(BIG, HRMConfig(segments=16), True, Step(4096, 1, by_segment=True))
+    plan = others = predict_memory(BIG, HRMConfig(act=True, max_segments=16), True, Step(4096, 1, by_segment=True))
     for saving in SAVINGS[:-1]:
         while (smaller := saving.applied(others)).peak < others.peak:
             others = smaller
