@@ -44,6 +44,12 @@ needs_bitsandbytes = pytest.mark.skipif(
 ACT = ["hrm.act=true", "hrm.max_segments=3", "hrm.exploration=0.5"]
 
 
+@pytest.fixture(autouse=True)
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take half the time of so short a training; tests/hrm/test_plot.py and test_quickstart.py look at them."""
+    monkeypatch.setattr("hrm.report.plot_run", lambda *_: None)
+
+
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_backbone(tmp_path_factory.mktemp("backbone"))
