@@ -28,12 +28,14 @@ class SegmentGradients:
 
     def take(self, loss: Tensor) -> None:
         """Adds `loss` (), computed from `leaves`; its graph is gone afterwards."""
+        self._loss = loss.detach() if self._loss is None else self._loss + loss.detach()
+        if not loss.requires_grad:  # nothing trains
+            return
         wanted = [index for index, leaf in enumerate(self.leaves) if leaf.requires_grad]
         found = torch.autograd.grad(loss, [self.leaves[index] for index in wanted], allow_unused=True)
         for index, new in zip(wanted, found, strict=True):
             old = self._gradients[index]
             self._gradients[index] = old if new is None else new if old is None else old + new
-        self._loss = loss.detach() if self._loss is None else self._loss + loss.detach()
 
     def loss(self) -> Tensor:
         """() the sum of all losses, whose backward pass hands on what was taken."""

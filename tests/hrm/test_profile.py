@@ -371,12 +371,15 @@ def test_what_hrm_train_refuses_is_not_planned(tmp_path: Path, override: str, me
         shown(f"hrm.backbone={tmp_path}", "train.update_every=segment", override)
 
 
-def test_what_is_planned_needs_no_packages_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_planned_needs_no_packages_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     find = importlib.util.find_spec
     missing = ("bitsandbytes", "unsloth")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None if name in missing else find(name))
     backbone_config("qwen3").save_pretrained(tmp_path)
     shown(f"hrm.backbone={tmp_path}", "hrm.quantize=nf4", "hrm.loader=unsloth", "train.optimizer=adamw_8bit")
+    assert "peak: loss" in capsys.readouterr().out
 
 
 def test_a_length_that_the_backbone_does_not_allow_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

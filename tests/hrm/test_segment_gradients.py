@@ -82,6 +82,13 @@ def test_a_model_trains_as_with_all_segments_at_once(
         torch.testing.assert_close(getattr(found, name), getattr(expected, name))
 
 
+def test_a_model_in_which_nothing_trains_has_a_loss(make_model: Make) -> None:
+    model = make_model(segments=2).requires_grad_(False)
+    with torch.no_grad():
+        expected = model(**given("plain")).loss
+    torch.testing.assert_close(model(**given("plain")).loss, expected)
+
+
 class Live:
     """While entered, the most bytes that autograd holds at a time, each storage once."""
 

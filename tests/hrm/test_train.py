@@ -288,9 +288,13 @@ def test_a_backbone_that_cannot_be_planned_is_left_to_loading(settings, backbone
     if kind == "hrm_gemma":
         made = HRMGemmaForCausalLM.from_backbone(backbone, hrm={"d_l": 32, "d_h": 32, "head_size": 16}).config
     made.save_pretrained(tmp_path)
+    said, console = [], Console(quiet=True)
     PartialState()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    warn_of_memory(load_training_settings(settings()), str(tmp_path), 8, QUIET)
+    monkeypatch.setattr("hrm.train.available_memory", lambda: 0)  # any plan would be warned of
+    monkeypatch.setattr(console, "print", said.append)
+    warn_of_memory(load_training_settings(settings()), str(tmp_path), 8, console)
+    assert said == []
 
 
 def test_rows_longer_than_the_backbone_allows_are_refused(settings):
