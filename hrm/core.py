@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -39,17 +39,24 @@ class HRMCarry(NamedTuple):
 
 
 @dataclass
-class Segment:
+class Halting:
+    """Who ran one segment, who halted after it, and by what."""
+
+    active: Tensor  # (B, S) bool: real tokens that had not halted before this segment
+    halted: Tensor  # (B, S) bool: tokens that run no further segment; without ACT and `stop_residual` none
+    q: Tensor | None = None  # (B, S, 2) float32, q_halt and q_continue; with ACT only
+    last: Tensor | None = None  # (B, S) bool: tokens that may run no further segment after this one; with ACT only
+    start: tuple[Tensor, Tensor] | None = None  # (n, d_l), (n, d_h), the states in front of its cycles with gradient
+
+
+@dataclass
+class Segment(Halting):
     """What one segment hands to the outside; gradients flow through `z_h` and `q`.
 
     Rows that the segment left out, all of whose tokens had halted, have `z_h` and `q` of their last one.
     """
 
-    z_h: Tensor  # (B, S, d_h), the slow state that the read-out sees
-    active: Tensor  # (B, S) bool: real tokens that had not halted before this segment
-    halted: Tensor  # (B, S) bool: tokens that run no further segment; without ACT and `stop_residual` none
-    q: Tensor | None = None  # (B, S, 2) float32, q_halt and q_continue; with ACT only
-    last: Tensor | None = None  # (B, S) bool: tokens that may run no further segment after this one; with ACT only
+    z_h: Tensor = field(kw_only=True)  # (B, S, d_h), the slow state that the read-out sees
 
 
 class Weights(NamedTuple):
@@ -80,7 +87,14 @@ class Autocast(NamedTuple):
     dtype: torch.dtype
 
 
-EachSegment = Callable[[Segment, Tensor, Tensor], Tensor]  # (segment, h (B, S, d), W_out (d_h, d)) -> loss ()
+class EachSegment(Protocol):
+    """What takes the segments of a forward pass one by one, and says what each one's loss is."""
+
+    def plan(self, ran: Sequence[Halting], ahead: Halting | None) -> None:
+        """Hears, before the first call, of all segments that there are, and of the one that was looked ahead to."""
+
+    def __call__(self, segment: Segment, h: Tensor, w_out: Tensor) -> Tensor:
+        """() the part of the loss of the next `segment`, read out of h (B, S, d) with w_out (d_h, d)."""
 
 
 class CoreOutput(NamedTuple):
@@ -96,6 +110,19 @@ class CoreOutput(NamedTuple):
     documents: Tensor | None = None  # (B, S) int64, numbered in each row; None where rows are not packed
     residual_tokens: Tensor | None = None  # (M,) int64, tokens that each of `residuals` is a mean over
     loss: Tensor | None = None  # () what `each` returned, summed, with graph
+
+
+class Call(NamedTuple):
+    """What the segments of one forward pass share."""
+
+    context: Tensor  # (B * S, 2 d_l)
+    carry: HRMCarry
+    weights: Weights
+    mixing: Mixing | None
+    rule: HaltingRule
+    segments: int | None
+    keep_carry: bool
+    look_ahead: bool
 
 
 @dataclass
@@ -298,9 +325,9 @@ class HRMCore(nn.Module):
             cache: slots of the tokens before these; this call's are added.
             look_ahead: with ACT run one more segment without graph where something is left to run after the last one,
                 for what q_continue is to learn.
-            each: takes each segment as it has run, with `h` and W_out to read it out by, and returns its part of the
-                loss, (), whose gradients are taken there and then: only one segment's activations exist at a time.
-                Nothing may halt in such a call, for what a segment counts depends on how many there are.
+            each: takes each segment and returns its part of the loss, whose gradients are taken there and then: only
+                one segment's activations exist at a time. Where segments may halt, which decides what a segment counts,
+                all run without graph first, and their cycles with gradient a second time.
 
         Raises:
             ValueError: an argument is not as above; the message names it.
@@ -319,10 +346,8 @@ class HRMCore(nn.Module):
             documents = packed_documents(attention_mask, position_ids, cache is not None)
             mixing = self._mixing(attention_mask, position_ids, documents, h, cache, dtype)
             rule = HaltingRule(self.config, real, real if counted is None else counted, documents, self.training)
-            if each is None:
-                output = self._run(context, carry, weights, mixing, rule, segments, cache is None, look_ahead)
-            else:
-                output = self._run_each(h, context, carry, weights, mixing, rule, segments, each, caller)
+            call = Call(context, carry, weights, mixing, rule, segments, cache is None, look_ahead)
+            output = self._run(call) if each is None else self._run_each(h, call, each, caller)
         if cache is not None:
             cache.commit(h.shape[1], len(output.segments))
         return output
@@ -334,17 +359,26 @@ class HRMCore(nn.Module):
         return torch.addmm(weights.b_c, x, weights.w_x)
 
     def segment(
-        self, context: Tensor, z_l: Tensor, z_h: Tensor, weights: Weights, mixing: Mixing | None
+        self,
+        context: Tensor,
+        z_l: Tensor,
+        z_h: Tensor,
+        weights: Weights,
+        mixing: Mixing | None,
+        cycles: range | None = None,
     ) -> tuple[Tensor, Tensor]:
         """One segment: N cycles of T L steps and one H step; the last `grad_cycles` carry gradient.
 
         context (n, 2 d_l) from `input_context`, z_l (n, d_l), z_h (n, d_h) -> new z_l, z_h, for n = B * S tokens.
+        `cycles`: which of the N; None: all.
         """
+        count = self.config.h_cycles
 
         def cycle(index: int, z_l: Tensor, z_h: Tensor, differentiate: bool) -> tuple[Tensor, Tensor]:
             return self._cycle(index, context, z_l, z_h, weights, mixing, differentiate)
 
-        return run_cycles(cycle, z_l, z_h, cycles=self.config.h_cycles, grad_cycles=self.config.grad_cycles)
+        graph_from = count - self.config.grad_cycles
+        return run_cycles(cycle, z_l, z_h, cycles=range(count) if cycles is None else cycles, graph_from=graph_from)
 
     def _cycle(
         self,
@@ -387,23 +421,14 @@ class HRMCore(nn.Module):
 
     # ------------------------------------------------------------------------------------------------ segments
 
-    def _run(
-        self,
-        context: Tensor,
-        carry: HRMCarry,
-        weights: Weights,
-        mixing: Mixing | None,
-        rule: HaltingRule,
-        segments: int | None,
-        keep_carry: bool,
-        look_ahead: bool,
-        each: Callable[[Segment], None] | None = None,
-    ) -> CoreOutput:
-        halting, limit = self._plan(segments)
-        if halting and not self.training and recording(context):
+    def _run(self, call: Call, each: Callable[[Segment], None] | None = None, *, starts: bool = False) -> CoreOutput:
+        """All segments of a call; `each` takes them as they have run, with `starts` if that is asked for."""
+        carry, rule, keep_carry = call.carry, call.rule, call.keep_carry
+        halting, limit = self._plan(call.segments)
+        if halting and not self.training and recording(call.context):
             raise ValueError("segments is None; it should be a number while a CUDA graph is recorded: else tokens halt")
         by_token, real, steps = halting and not self.training, rule.real, carry.steps[:, None].expand(rule.real.shape)
-        running = Running(context, carry.z_l.flatten(0, 1), carry.z_h.flatten(0, 1), steps, mixing)
+        running = Running(call.context, carry.z_l.flatten(0, 1), carry.z_h.flatten(0, 1), steps, call.mixing)
         halted = restart = torch.zeros_like(real)  # restart: tokens whose row is over and starts anew
         out, residuals, going_on, ahead = carry.z_h, [], [], None
         done: list[Segment] = []
@@ -411,7 +436,7 @@ class HRMCore(nn.Module):
         for index in range(limit):
             old = running.z_l, running.z_h
             segment, new = self._one_segment(
-                index, running, weights, rule, carry.steps + index + 1, halted, by_token, done[-1] if done else None
+                index, running, call, halted, by_token, done[-1] if done else None, starts=starts
             )
             settled = None
             if halting and self.config.stop_residual:
@@ -419,7 +444,7 @@ class HRMCore(nn.Module):
                 segment.halted = segment.halted | rule.settled(settled)
             if each is not None:
                 each(segment)
-                segment.z_h = segment.z_h.detach()
+                segment.z_h, segment.start = segment.z_h.detach(), None
                 done = []
             out = torch.where(segment.active[..., None], segment.z_h, out) if halting else segment.z_h
             used = used + segment.active
@@ -428,7 +453,8 @@ class HRMCore(nn.Module):
             new = new[0].detach(), new[1].detach()
             if keep_carry:
                 restart = (halted | ~real).all(1, keepdim=True).expand(real.shape) if halting else halted
-                new, running.steps, moved = self._hand_over(running.pick(restart), running.steps, old, new, weights)
+                rows = running.pick(restart)
+                new, running.steps, moved = self._hand_over(rows, running.steps, old, new, call.weights)
                 # where sequences end by how far they move, those that end count too: a threshold is chosen by this
                 moved, where = (moved, running.pick(real & ~restart)) if settled is None else (settled, segment.active)
                 going_on.append(where)
@@ -438,72 +464,100 @@ class HRMCore(nn.Module):
             if halting and not (running.keep(left) if by_token else _any(left)):
                 break
         may_go_on = self.config.act and halting and limit < self.config.max_segments
-        if look_ahead and may_go_on and _any(real & ~halted):
+        if call.look_ahead and may_go_on and _any(real & ~halted):
             with torch.no_grad():
-                count = carry.steps + len(done) + 1
-                ahead, _ = self._one_segment(len(done), running, weights, rule, count, halted, by_token, done[-1])
+                ahead, _ = self._one_segment(index + 1, running, call, halted, by_token, done[-1])
         if not keep_carry:
             return CoreOutput(done, out, used)
         carry = self._carry(running, restart[:, 0].clone())
         counts = torch.stack([tokens.sum() for tokens in going_on])
         return CoreOutput(done, out, used, carry, torch.stack(residuals), ahead, rule.documents, counts)
 
-    def _run_each(
-        self,
-        h: Tensor,
-        context: Tensor,
-        carry: HRMCarry,
-        weights: Weights,
-        mixing: Mixing | None,
-        rule: HaltingRule,
-        segments: int | None,
-        each: EachSegment,
-        caller: Autocast,
-    ) -> CoreOutput:
+    def _run_each(self, h: Tensor, call: Call, each: EachSegment, caller: Autocast) -> CoreOutput:
         """`_run` for a call with `each`, which runs under the caller's autocast."""
-        if self._plan(segments)[0]:
-            raise ValueError("each is given; it should be None with ACT or stop_residual, where segments may halt")
+        may_halt = self.config.act or self.config.stop_residual > 0
+        if may_halt and not self.training:
+            raise ValueError("each is given; it should be None in evaluation with ACT or stop_residual")
         kind = h.device.type
-        names = [name for name, tensor in zip(Weights._fields, weights, strict=True) if tensor is not None]
-        taken = SegmentGradients([h, context, *(getattr(weights, name) for name in names)])
+        names = [name for name, tensor in zip(Weights._fields, call.weights, strict=True) if tensor is not None]
+        taken = SegmentGradients([h, call.context, *(getattr(call.weights, name) for name in names)])
         h, context, *parts = taken.leaves
-        weights = weights._replace(**dict(zip(names, parts, strict=True)))
+        call = call._replace(context=context, weights=call.weights._replace(**dict(zip(names, parts, strict=True))))
 
         def take(segment: Segment) -> None:
             with torch.autocast(kind, dtype=caller.dtype, enabled=caller.enabled):  # the head's, not the core's
-                taken.take(each(segment, h, weights.w_out))
+                taken.take(each(segment, h, call.weights.w_out))
 
-        output = self._run(context, carry, weights, mixing, rule, segments, True, False, take)
+        if may_halt:
+            output = self._run_twice(call, each, take)
+        else:
+            each.plan([Halting(call.rule.real, torch.zeros_like(call.rule.real))] * self._plan(call.segments)[1], None)
+            output = self._run(call, take)
         return output._replace(loss=taken.loss())
+
+    def _run_twice(self, call: Call, each: EachSegment, take: Callable[[Segment], None]) -> CoreOutput:
+        """`_run` without graph, and then, for `take`, each segment's cycles with gradient again, from where they were.
+
+        What is kept of every segment meanwhile are two states a token, not what its cycles save for the backward pass.
+        """
+        ran: list[Halting] = []
+        with torch.no_grad():
+            output = self._run(
+                call, lambda one: ran.append(Halting(one.active, one.halted, one.q, one.last, one.start)), starts=True
+            )
+        each.plan(ran, output.ahead)
+        for index, one in enumerate(ran):
+            assert one.start is not None
+            z_h = self.segment(call.context, *one.start, call.weights, call.mixing, self._cycles(graph=True))[1]
+            q = self._q(z_h, call).view(*one.active.shape, 2) if self.config.act else None
+            take(Segment(one.active, one.halted, q, one.last, z_h=z_h.view(*one.active.shape, -1)))
+            ran[index] = replace(one, start=None)
+        return output
+
+    def _cycles(self, *, graph: bool) -> range:
+        """Which of a segment's cycles carry gradient, or which come before."""
+        count = self.config.h_cycles
+        first = count - self.config.grad_cycles
+        return range(first, count) if graph else range(first)
 
     def _one_segment(
         self,
         index: int,
         running: Running,
-        weights: Weights,
-        rule: HaltingRule,
-        steps: Tensor,
+        call: Call,
         before: Tensor,
         by_token: bool,
         previous: Segment | None,
+        *,
+        starts: bool = False,
     ) -> tuple[Segment, tuple[Tensor, Tensor]]:
-        """Segment `index` of a call, after which rows have run `steps` (B,), and the states it ends in.
+        """Segment `index` of a call, and the states it ends in.
 
         `before` (B, S) had halted already; rows that no longer run have `previous`'s values.
         """
-        active, shape = rule.real & ~before, running.steps.shape
+        active, shape, steps = call.rule.real & ~before, running.steps.shape, call.carry.steps + index + 1
         if running.mixing is not None:
             running.mixing.segment, running.mixing.active = index, running.pick(active) if by_token else None
-        z_l, z_h = self.segment(running.context, running.z_l, running.z_h, weights, running.mixing)
+        z_l, z_h, start = running.z_l, running.z_h, None
+        if starts:
+            start = self.segment(running.context, z_l, z_h, call.weights, running.mixing, self._cycles(graph=False))
+            z_l, z_h = self.segment(running.context, *start, call.weights, running.mixing, self._cycles(graph=True))
+        else:
+            z_l, z_h = self.segment(running.context, z_l, z_h, call.weights, running.mixing)
         state = z_h.view(*shape, self.config.d_h)
-        segment = Segment(state if previous is None else running.spread(state, previous.z_h), active, before)
+        state = state if previous is None else running.spread(state, previous.z_h)
+        segment = Segment(active, before, start=start, z_h=state)
         if self.config.act:
-            seen = z_h.detach() if self.config.q_gradient == "head" else z_h
-            q = torch.addmm(weights.b_q, seen, weights.w_q).float().view(*shape, 2)
+            q = self._q(z_h, call).view(*shape, 2)
             segment.q = q if previous is None or previous.q is None else running.spread(q, previous.q)
-            segment.last = (steps >= self.config.max_segments)[:, None].expand(rule.real.shape)
-            segment.halted = before | rule.halted(segment.q, segment.last, steps)
+            segment.last = (steps >= self.config.max_segments)[:, None].expand(call.rule.real.shape)
+            segment.halted = before | call.rule.halted(segment.q, segment.last, steps)
         return segment, (z_l, z_h)
+
+    def _q(self, z_h: Tensor, call: Call) -> Tensor:
+        """(n, d_h) -> (n, 2) float32, q_halt and q_continue."""
+        seen = z_h.detach() if self.config.q_gradient == "head" else z_h
+        return torch.addmm(call.weights.b_q, seen, call.weights.w_q).float()
 
     @staticmethod
     @torch.no_grad()

@@ -96,10 +96,9 @@ class _FrozenHeadLoss(torch.autograd.Function):
         return (gradient * grad_loss[:, None]).to(gradient.dtype), None, None, None
 
 
-def q_loss(
-    values: Tensor, correct: Tensor, active: Tensor, last: Tensor, *, price: float = 0.0, go_on: bool = True
-) -> Tensor:
-    """Binary cross entropy of the Q head: halt where the prediction is right, go on where the next segment is worth it.
+class QLoss:
+    """Binary cross entropy of the Q head, a segment at a time: halt where the prediction is right, go on where the next
+    segment is worth it.
 
     Source: arXiv 2506.21734, section 2, "Adaptive computation time", per scored token. What going on is worth is read
     off the next segment's values, and is no part of the graph. M segments ran; K = M, or M + 1 where one more was run
@@ -107,41 +106,66 @@ def q_loss(
 
     Args:
         values: (K, n, 2) q_halt and q_continue after each segment.
-        correct: (M, n) bool, whether the segment's prediction is right.
         active: (K, n) bool, whether the token's row ran the segment.
         last: (K, n) bool, whether the row may run no further segment.
+        ran: M.
         price: taken off the reward of halting for each segment after the first.
         go_on: whether q_continue learns at all.
-
-    Returns:
-        (n,) float32: each token's mean of the first term over the segments that it ran, and of the second over those
-        after which a next one ran.
     """
-    bce, ran = F.binary_cross_entropy_with_logits, len(correct)
-    halt = bce(values[:ran, :, 0], reward(correct, price), reduction="none")
-    loss = token_mean(halt, active[:ran])
-    if not go_on:
-        return loss
-    with torch.no_grad():
-        worth = continue_target(values[1:, :, 0], values[1:, :, 1], last[1:])
-    return loss + token_mean(bce(values[:-1, :, 1], worth, reduction="none"), active[1:])
+
+    def __init__(
+        self, values: Tensor, active: Tensor, last: Tensor, ran: int, *, price: float = 0.0, go_on: bool = True
+    ) -> None:
+        self._price = price
+        self._halt = token_shares(active[:ran])
+        self._go_on = token_shares(active[1:]) if go_on else active[:0]
+        following = values.detach()[1:]
+        self._worth = continue_target(following[..., 0], following[..., 1], last[1:])
+
+    def term(self, index: int, q: Tensor, correct: Tensor) -> Tensor:
+        """(n,) float32, what segment `index` adds to each token's loss.
+
+        The token's loss is the mean of the first term over the segments that it ran, and of the second over those after
+        which a next one ran.
+
+        Args:
+            q: (n, 2) the segment's own of `values`, with graph.
+            correct: (n,) bool, whether the segment's prediction is right.
+        """
+        bce = F.binary_cross_entropy_with_logits
+        loss = self._halt[index] * bce(q[:, 0], reward(correct, index, self._price), reduction="none")
+        if index >= len(self._go_on):
+            return loss
+        return loss + self._go_on[index] * bce(q[:, 1], self._worth[index], reduction="none")
 
 
-def reward(correct: Tensor, price: float) -> Tensor:
-    """What halting after each segment earns: (M, ...) bool or share that is right -> float32, from 0 to 1."""
-    segments = torch.arange(len(correct), device=correct.device, dtype=torch.float32)
-    paid = price * segments.view(-1, *(1,) * (correct.dim() - 1))
-    return (correct.float() - paid).clamp(0, 1)
+def q_loss(
+    values: Tensor, correct: Tensor, active: Tensor, last: Tensor, *, price: float = 0.0, go_on: bool = True
+) -> Tensor:
+    """All terms of `QLoss` at once: `values` with graph, correct (M, n) bool -> (n,) float32."""
+    loss = QLoss(values, active, last, len(correct), price=price, go_on=go_on)
+    return torch.stack([loss.term(index, values[index], right) for index, right in enumerate(correct)]).sum(0)
 
 
-def token_mean(values: Tensor, where: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Each token's mean over the segments of `where`: (M, n), (M, n) bool, weights (M,) -> (n,); 0 where there is none.
+def reward(correct: Tensor, index: int, price: float) -> Tensor:
+    """What halting after segment `index` earns: (...,) bool or share that is right -> float32, from 0 to 1."""
+    return (correct.float() - price * index).clamp(0, 1)
+
+
+def token_shares(where: Tensor, weights: Tensor | None = None) -> Tensor:
+    """What each segment counts in each token's mean over the segments of `where`: (M, n) bool, weights (M,) -> (M, n)
+    float32, whose sum over the segments is 1, or 0 where there is none.
 
     A mean of its own for each token, so that a batch's loss does not depend on which rows stand beside each other.
     """
-    share = where.to(values.dtype) if weights is None else where * weights[:, None]
+    share = where.float() if weights is None else where * weights[:, None]
     total = share.sum(0)
-    return (values * share).sum(0) / torch.where(total > 0, total, 1)
+    return share / torch.where(total > 0, total, 1)
+
+
+def token_mean(values: Tensor, where: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Each token's mean over the segments of `where`: (M, n) float32, the rest as of `token_shares` -> (n,)."""
+    return (values * token_shares(where, weights)).sum(0)
 
 
 def masked_mean(values: Tensor, where: Tensor) -> Tensor:

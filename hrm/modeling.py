@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,7 +19,7 @@ from transformers.utils import can_return_tuple
 
 from hrm.attention import SlotCache, packed_documents
 from hrm.config import AdapterConfig, HRMConfig
-from hrm.core import CoreOutput, HRMCarry, HRMCore, Segment
+from hrm.core import CoreOutput, HRMCarry, HRMCore
 from hrm.inputs import check_inputs
 from hrm.loading import as_made, check_choices, four_bit_layers, keep_packing, load_backbone, quantization_of
 from hrm.lora import add_adapters, merge_adapters
@@ -27,15 +27,12 @@ from hrm.loss import (
     IGNORED,
     TokenLoss,
     linear_cross_entropy,
-    masked_mean,
     next_token_targets,
-    q_loss,
-    reward,
-    token_mean,
 )
 from hrm.offload import offload_per_layer_embeddings as offload
-from hrm.replay import ReplayBuffer, Transitions
+from hrm.replay import ReplayBuffer
 from hrm.saving import save_atomically
+from hrm.segment_losses import SegmentLosses
 
 
 class HRMGemmaConfig(PreTrainedConfig):
@@ -113,7 +110,7 @@ class HRMOutput(ModelOutput):
     past_key_values: Cache | None = None
     carry: HRMCarry | None = None  # None with a cache: decoding hands on slots, not states
     segment_losses: Tensor | None = None  # (M,) float32, detached
-    q_loss: Tensor | None = None  # () float32, under ACT with labels
+    q_loss: Tensor | None = None  # () float32, under ACT with labels; no graph where segments are taken one by one
     q: Tensor | None = None  # (2,) float32, mean q_halt and q_continue over scored tokens; under ACT with labels
     accuracy: Tensor | None = None  # () float32, share of the scored tokens predicted rightly, over all segments
     segments_used: Tensor | None = None  # () float32, mean over real tokens
@@ -400,11 +397,12 @@ class HRMGemmaForCausalLM(PreTrainedModel, GenerationMixin):
             **backbone_kwargs,
         )
         h = inputs.last_hidden_state
-        targets = None
+        targets = losses = None
         if labels is not None:
             documents = packed_documents(attention_mask, position_ids, past_key_values is not None)
             targets = next_token_targets(labels, attention_mask, documents)
-        each = self._each(targets, segments, num_items_in_batch)
+            losses = SegmentLosses(self.hrm.config, self._score, targets, documents, num_items_in_batch)
+        one_by_one = losses is not None and self._one_by_one(segments)
         core = self.hrm(
             h,
             attention_mask=attention_mask,
@@ -414,7 +412,7 @@ class HRMGemmaForCausalLM(PreTrainedModel, GenerationMixin):
             counted=None if targets is None else targets != IGNORED,
             cache=None if past_key_values is None else past_key_values.slots,
             look_ahead=self._looks_ahead(targets),
-            each=each,
+            each=losses if one_by_one else None,
         )
         output = HRMOutput(
             past_key_values=past_key_values,
@@ -426,11 +424,11 @@ class HRMGemmaForCausalLM(PreTrainedModel, GenerationMixin):
             hidden_states=inputs.hidden_states,
             attentions=inputs.attentions,
         )
-        if each is not None:
-            output.loss = core.loss
-            output.segment_losses, output.segment_tokens = each.losses(), each.tokens()
-        elif targets is not None:
-            self._add_loss(output, h, core, targets, num_items_in_batch)
+        if losses is not None:
+            if not one_by_one:
+                losses.plan(core.segments, core.ahead)
+                core = core._replace(loss=torch.stack([losses(segment, h) for segment in core.segments]).sum())
+            self._add_loss(output, core, losses)
         if targets is None or logits_to_keep is not None:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             kept = slice(None) if kept is None else kept
@@ -442,14 +440,14 @@ class HRMGemmaForCausalLM(PreTrainedModel, GenerationMixin):
         config = self.hrm.config
         return targets is not None and self.training and config.act and config.q_target == "bootstrap"
 
-    def _each(self, targets: Tensor | None, segments: int | None, items: Tensor | int | None) -> _EachLoss | None:
-        """What takes several segments' losses one by one; None where what they weigh is known only at the end (ACT,
-        stop_residual), where the head wants a gradient too, or where there is nothing to save."""
+    def _one_by_one(self, segments: int | None) -> bool:
+        """Whether several segments' gradients are taken one by one: not where tokens halt by themselves (evaluation),
+        where the head wants a gradient too, or where there is nothing to save."""
         config = self.hrm.config
-        count = config.segments if segments is None else segments
-        if targets is None or not torch.is_grad_enabled() or config.act or config.stop_residual or count == 1:
-            return None
-        return _EachLoss(self, targets, count, items) if self._head_is_frozen() else None
+        count = segments or (config.max_segments if config.act else config.segments)
+        if not torch.is_grad_enabled() or count == 1 or ((config.act or config.stop_residual) and not self.training):
+            return False
+        return self._head_is_frozen()
 
     def _head_is_frozen(self) -> bool:
         return not any(parameter.requires_grad for parameter in self.get_output_embeddings().parameters())
@@ -457,49 +455,22 @@ class HRMGemmaForCausalLM(PreTrainedModel, GenerationMixin):
     def _logits(self, hidden: Tensor) -> Tensor:
         return _head(self.backbone, hidden)
 
-    def _add_loss(
-        self, output: HRMOutput, h: Tensor, core: CoreOutput, targets: Tensor, items: Tensor | int | None
-    ) -> None:
-        """The losses of `forward`, over `items` scored tokens."""
-        rows = (targets != IGNORED).flatten().nonzero().squeeze(1)
-        wanted, h = targets.flatten()[rows], h.flatten(0, 1)[rows]
-        items = max(len(rows), 1) if items is None else items
-
-        def pick(name: str, segments: Sequence[Segment]) -> Tensor:  # (M, n, ...), a field at the scored positions
-            return torch.stack([getattr(segment, name).flatten(0, 1)[rows] for segment in segments])
-
-        config, active = self.hrm.config, pick("active", core.segments)
-        scores = [self._score(segment.z_h.flatten(0, 1)[rows], h, wanted) for segment in core.segments]
-        losses = torch.stack([score.loss for score in scores])
-        output.segment_losses = torch.stack([masked_mean(*part) for part in zip(losses.detach(), active, strict=True)])
-        output.segment_tokens = active.sum(1)
-        output.loss = token_mean(losses, active, self._segment_weights(core)).sum() / items
+    def _add_loss(self, output: HRMOutput, core: CoreOutput, losses: SegmentLosses) -> None:
+        """The losses of `forward`, once all segments have been taken."""
+        config = self.hrm.config
+        assert core.loss is not None
+        output.loss = core.loss
+        output.segment_losses, output.segment_tokens = losses.means(), losses.tokens()
         if not config.act:
             return
-        correct = torch.stack([score.correct for score in scores])
-        output.q = torch.stack([masked_mean(q, active) for q in pick("q", core.segments).detach().unbind(-1)])
-        output.accuracy = masked_mean(correct.float(), active)
-        if config.q_target == "replay":
-            if self.training:
-                self.replay.add(_transitions(core, targets != IGNORED, correct, config.segment_price))
-            if self.replay.added:  # the rows' share of a batch's: parts of a batch add up to one
-                output.q_loss = self.replay.loss(self.hrm.w_q, self.hrm.b_q) * (len(rows) / items)
-        else:
-            seen = core.segments if core.ahead is None else [*core.segments, core.ahead]
-            fields = pick("q", seen), correct, pick("active", seen), pick("last", seen)
-            terms = q_loss(*fields, price=config.segment_price, go_on=config.q_target == "bootstrap")
-            output.q_loss = terms.sum() / items
-        if output.q_loss is not None:
-            output.loss = output.loss + config.q_loss_weight * output.q_loss
-
-    def _segment_weights(self, core: CoreOutput) -> Tensor | None:
-        """(M,) float32; None where all count alike, as one does by itself."""
-        weights = self.hrm.config.segment_weights
-        return (
-            None
-            if weights is None or len(core.segments) == 1
-            else torch.tensor(weights[: len(core.segments)], device=core.z_h.device)
-        )
+        output.q, output.accuracy, output.q_loss = losses.mean_q(), losses.accuracy(), losses.q_loss()
+        if config.q_target != "replay":
+            return
+        if self.training:
+            self.replay.add(losses.transitions(core.z_h.dtype))
+        if self.replay.added:  # the rows' share of a batch's: parts of a batch add up to one
+            output.q_loss = self.replay.loss(self.hrm.w_q, self.hrm.b_q) * losses.share
+            output.loss = core.loss + config.q_loss_weight * output.q_loss
 
     def _score(self, z_h: Tensor, h: Tensor, targets: Tensor, w_out: Tensor | None = None) -> TokenLoss:
         vocabulary, hidden = self.config.get_text_config().vocab_size, self.hrm.read_out(h, z_h, w_out)
@@ -523,63 +494,6 @@ class HRMGemmaForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(f"cache_implementation is {kind!r}; it should be None or 'dynamic'")
         if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = HRMCache(self.config)
-
-
-class _EachLoss:
-    """Each segment's part of the model's loss, where all of `count` segments run: `each` of the core."""
-
-    def __init__(self, model: HRMGemmaForCausalLM, targets: Tensor, count: int, items: Tensor | int | None) -> None:
-        self._model, self._rows = model, (targets != IGNORED).flatten().nonzero().squeeze(1)
-        self._wanted = targets.flatten()[self._rows]
-        self._items = max(len(self._rows), 1) if items is None else items
-        weights = model.hrm.config.segment_weights
-        weights = [1.0] * count if weights is None else weights[:count]
-        self._shares = [weight / sum(weights) for weight in weights]
-        self._means: list[Tensor] = []
-
-    def __call__(self, segment: Segment, h: Tensor, w_out: Tensor) -> Tensor:
-        z_h, h = (part.flatten(0, 1)[self._rows] for part in (segment.z_h, h))
-        loss = self._model._score(z_h, h, self._wanted, w_out).loss
-        share = self._shares[len(self._means)]
-        self._means.append(loss.detach().sum() / max(1, len(self._rows)))
-        return loss.sum() * share / self._items
-
-    def losses(self) -> Tensor:
-        """(M,) float32, each segment's mean cross entropy."""
-        return torch.stack(self._means)
-
-    def tokens(self) -> Tensor:
-        """(M,) int64, how many tokens those are means over."""
-        return torch.full((len(self._means),), len(self._rows), device=self._rows.device)
-
-
-@torch.no_grad()
-def _transitions(core: CoreOutput, scored: Tensor, correct: Tensor, price: float) -> Transitions:
-    """What each sequence (a row, or a document of a packed one) did after each segment.
-
-    scored: (B, S) bool; correct: (M, n) bool, at the scored positions.
-    """
-    batch = len(scored)
-    documents = torch.zeros_like(scored, dtype=torch.int64) if core.documents is None else core.documents
-    each = 1 if core.documents is None else int(documents.max()) + 1
-    sequence = (torch.arange(batch, device=scored.device)[:, None] * each + documents)[scored]  # (n,)
-    count = torch.zeros(batch * each, device=scored.device).index_add_(0, sequence, torch.ones_like(sequence).float())
-
-    def mean(values: Tensor) -> Tensor:  # (n, ...) -> (sequences, ...)
-        total = values.new_zeros(batch * each, *values.shape[1:], dtype=torch.float32)
-        total.index_add_(0, sequence, values.float())
-        return total / count.clamp_min(1).view(-1, *(1,) * (values.dim() - 1))
-
-    def each_segment(name: str) -> Tensor:  # (M, sequences, ...)
-        return torch.stack([mean(getattr(segment, name)[scored]) for segment in core.segments])
-
-    state, active, last = each_segment("z_h"), each_segment("active") > 0.5, each_segment("last") > 0.5
-    share = torch.stack([mean(part) for part in correct])
-    went_on = torch.cat((active[1:], torch.zeros_like(active[:1])))
-    following = torch.cat((state[1:], state[-1:])), torch.cat((last[1:], last[-1:]))
-    parts = state, reward(share, price), went_on, following[0], following[1], active & (count > 0)
-    parts = Transitions(*(part.flatten(0, 1) for part in parts))
-    return parts._replace(state=parts.state.to(core.z_h.dtype), next_state=parts.next_state.to(core.z_h.dtype))
 
 
 def _part(parameter: str) -> str:

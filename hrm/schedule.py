@@ -10,15 +10,15 @@ from torch import Tensor
 Cycle = Callable[[int, Tensor, Tensor, bool], tuple[Tensor, Tensor]]
 
 
-def run_cycles(cycle: Cycle, z_l: Tensor, z_h: Tensor, *, cycles: int, grad_cycles: int) -> tuple[Tensor, Tensor]:
-    """One segment: `cycles` times `cycle(index, z_l, z_h, differentiate) -> (z_l, z_h)`.
+def run_cycles(cycle: Cycle, z_l: Tensor, z_h: Tensor, *, cycles: range, graph_from: int) -> tuple[Tensor, Tensor]:
+    """A segment, or some `cycles` of it: `cycle(index, z_l, z_h, differentiate) -> (z_l, z_h)` for each.
 
-    Only the last `grad_cycles` build a graph, and none where gradients are off; the others save nothing.
+    Only those from `graph_from` on build a graph, and none where gradients are off; the others save nothing.
 
     Source: arXiv 2506.21734, section 2, "Approximate gradient"; arXiv 2510.04871 for whole cycles.
     """
-    for index in range(cycles):
-        differentiate = torch.is_grad_enabled() and index >= cycles - grad_cycles
+    for index in cycles:
+        differentiate = torch.is_grad_enabled() and index >= graph_from
         with torch.set_grad_enabled(differentiate):
             z_l, z_h = cycle(index, z_l, z_h, differentiate)
     return z_l, z_h

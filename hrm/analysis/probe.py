@@ -111,11 +111,11 @@ def probe(model: HRMGemmaForCausalLM, batch: Batch) -> tuple[Tensor, list[Probed
         return end
 
     try:
-        core.segment = tap  # type: ignore[method-assign]
-        model._each = lambda *_: None  # type: ignore[method-assign]  # else no graph reaches the segments' ends
+        core.segment = tap  # type: ignore[method-assign,assignment]
+        model._one_by_one = lambda *_: False  # type: ignore[method-assign]  # else no graph reaches the segments' ends
         return run(model, batch), probed
     finally:
-        del core.segment, model._each  # the class' own again
+        del core.segment, model._one_by_one  # the class' own again
 
 
 def check_count(name: str, value: object) -> None:

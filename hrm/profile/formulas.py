@@ -10,11 +10,11 @@ from hrm.loss import CHUNK_BYTES
 NF4_BLOCK = 64  # values that share one scale
 
 
-def core_activations(config: HRMConfig, rows: int, segments: int, width: int, *, fused: bool) -> int:
-    """Bytes that autograd saves of the core on `rows` tokens, in values of `width` bytes.
+def core_activations(config: HRMConfig, rows: int, width: int, *, fused: bool) -> int:
+    """Bytes that autograd saves of one segment of the core on `rows` tokens, in values of `width` bytes.
 
-    For n = rows, M = segments whose losses are taken together, C = grad_cycles, G = grad_l_steps: it grows with M C G,
-    and neither with N nor with T, whose other steps run without graph. With the kernels it does not grow with G either:
+    For n = rows, C = grad_cycles, G = grad_l_steps: it grows with C G, and neither with N nor with T, whose other steps
+    run without graph. With the kernels it does not grow with G either:
 
         once           x, the norm's float32 input, its scales, RoPE's two tables
         L, eager       G (state, g, u, silu, hidden, and y and its scales in float32), new state
@@ -29,7 +29,6 @@ def core_activations(config: HRMConfig, rows: int, segments: int, width: int, *,
     Args:
         config: of the core.
         rows: tokens of a micro batch.
-        segments: M.
         width: of a value, 2 or 4.
         fused: whether the Triton kernels run.
     """
@@ -49,32 +48,39 @@ def core_activations(config: HRMConfig, rows: int, segments: int, width: int, *,
     act = d_h * width if config.act else 0
     whole = config.grad_l_steps == config.l_steps and config.l_reset == "carry"
     shared = (config.grad_cycles - 1) * d_l * width if whole else 0  # a cycle's new state is the next one's first
-    return rows * (once + segments * (config.grad_cycles * (low + high) + act - shared))
+    return rows * (once + config.grad_cycles * (low + high) + act - shared)
 
 
-def shared_gradients(config: HRMConfig, rows: int, weights: int, width: int) -> int:
-    """Bytes of what several segments' gradients add up in (`hrm.segment_gradients`): those of the backbone's output, of
-    x W_x + b_c and of the core's weights, twice, since one segment's are there beside the sum.
+def between_segments(config: HRMConfig, rows: int, segments: int, weights: int, width: int) -> int:
+    """Bytes of what outlives a segment where there are several (`hrm.segment_gradients`); 0 for one.
+
+    What gradients add up in: those of the backbone's output, of x W_x + b_c and of the core's weights, twice, since one
+    segment's are there beside the sum. Where segments may halt, also the two states that each starts again from.
 
     Args:
         config: of the core.
         rows: tokens of a micro batch.
+        segments: the most that run.
         weights: bytes of the core's weights in float32.
         width: of a value in the recurrence, 2 or 4.
     """
-    return 2 * (rows * (config.hidden_size + 2 * config.d_l) * width + weights * width // 4)
+    if segments == 1:
+        return 0
+    sums = 2 * (rows * (config.hidden_size + 2 * config.d_l) * width + weights * width // 4)
+    halting = config.act or config.stop_residual > 0
+    return sums + (rows * segments * (config.d_l + config.d_h) * width if halting else 0)
 
 
-def loss_bytes(text: PreTrainedConfig, config: HRMConfig, rows: int, segments: int, width: int) -> int:
+def loss_bytes(text: PreTrainedConfig, config: HRMConfig, rows: int, width: int) -> int:
     """Bytes at the peak of `hrm.loss.linear_cross_entropy` with a frozen head, every token scored.
 
-    Each segment's z_H twice (as the core returned it and at the scored tokens) and its gradient; the backbone's output
+    A segment's z_H twice (as the core returned it and at the scored tokens) and its gradient; the backbone's output
     twice; and of one chunk the logarithms, two gradients in float32, and the soft cap's output.
     """
     chunk = min(rows, max(1, CHUNK_BYTES // (4 * text.vocab_size))) * text.vocab_size
     capped = getattr(text, "final_logit_softcapping", None) is not None
     d = config.hidden_size
-    return rows * width * (segments * (2 * config.d_h + d) + 2 * d) + chunk * (12 + width * capped)
+    return rows * width * (2 * config.d_h + 3 * d) + chunk * (12 + width * capped)
 
 
 def nf4_bytes(size: int) -> int:

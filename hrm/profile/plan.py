@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from hrm.config import HRMConfig
-from hrm.profile.formulas import core_activations, loss_bytes, shared_gradients
+from hrm.profile.formulas import between_segments, core_activations, loss_bytes
 from hrm.profile.skeleton import Skeleton
 from hrm.settings import CHOICES
 
@@ -119,8 +119,7 @@ def plan_of(skeleton: Skeleton, step: Step) -> MemoryPlan:
     """The prediction for models that were counted already."""
     width, core = step.dtype.itemsize, skeleton.core
     segments = step.segments or (core.max_segments if core.act else core.segments)
-    at_once = segments if core.act or core.stop_residual else 1  # what may halt is weighed at the end (hrm.modeling)
-    shared = shared_gradients(core, step.rows, skeleton.core_bytes, width) if segments > at_once else 0
+    between = between_segments(core, step.rows, segments, skeleton.core_bytes, width)
     backbone, layer = skeleton.backbone_activations(
         step.dtype, step.micro_batch, step.tokens, step.gradient_checkpointing
     )
@@ -137,8 +136,8 @@ def plan_of(skeleton: Skeleton, step: Step) -> MemoryPlan:
         "carry": 4 * step.rows * (core.d_l + core.d_h),
         "copies": 0 if width == 4 else (skeleton.core_bytes + skeleton.adapters) * width // 4,
         "backbone_activations": backbone,
-        "core_activations": shared + core_activations(core, step.rows, at_once, width, fused=step.fused),
-        "loss": loss_bytes(skeleton.text, core, step.rows, at_once, width),
+        "core_activations": between + core_activations(core, step.rows, width, fused=step.fused),
+        "loss": loss_bytes(skeleton.text, core, step.rows, width),
         "layer": layer + skeleton.largest_dequantised(width, step.four_bit),
         "update": trained if step.optimizer == "adamw" else 0,  # torch's foreach takes the root of all moments at once
     }

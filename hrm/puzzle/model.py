@@ -308,7 +308,8 @@ class PuzzleModel(nn.Module):
             )
             return z_l, self._stack(z_h + z_l, weights.h_stack, weights, first)
 
-        return run_cycles(cycle, z_l, z_h, cycles=config.h_cycles, grad_cycles=config.grad_cycles)
+        graph_from = config.h_cycles - config.grad_cycles
+        return run_cycles(cycle, z_l, z_h, cycles=range(config.h_cycles), graph_from=graph_from)
 
     def _stack(self, h: Tensor, stack: list[BlockWeights], weights: Weights, read_first: bool = False) -> Tensor:
         for index, block in enumerate(stack):

@@ -123,8 +123,17 @@ def test_rewards_in_the_replay_buffer_by_hand(traced: Callable[..., Traced]) -> 
 @pytest.mark.parametrize("where", ["trunk", "head"])
 def test_where_the_gradient_of_the_q_loss_goes(traced: Callable[..., Traced], where: str) -> None:
     case = traced(q_gradient=where)
-    case.model.train()(case.ids, labels=case.labels).q_loss.backward()
-    reached = {name for name, p in case.model.named_parameters() if p.grad is not None and p.grad.any()}
+    model = case.model.train()
+
+    def gradients(weight: float) -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        model.hrm.config.q_loss_weight = weight
+        torch.manual_seed(0)
+        model(case.ids, labels=case.labels).loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    with_q, without = gradients(1.0), gradients(0.0)
+    reached = {name for name, gradient in with_q.items() if not torch.equal(gradient, without[name])}
     trained = {name for name, p in case.model.named_parameters() if p.requires_grad}
     expected = trained - {"hrm.w_out"}  # the read-out, which the Q values do not see
     assert reached == (expected if where == "trunk" else {"hrm.w_q", "hrm.b_q"})

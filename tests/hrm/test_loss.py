@@ -126,8 +126,8 @@ def test_q_loss_by_hand():
 
 
 def test_the_reward_of_halting_falls_with_each_segment_and_stays_above_zero():
-    correct = torch.tensor([[True, False]] * 3)
-    torch.testing.assert_close(reward(correct, 0.6), torch.tensor([[1.0, 0.0], [0.4, 0.0], [0.0, 0.0]]))
+    earned = [reward(torch.tensor([True, False]), index, 0.6) for index in range(3)]
+    torch.testing.assert_close(torch.stack(earned), torch.tensor([[1.0, 0.0], [0.4, 0.0], [0.0, 0.0]]))
 
 
 def test_each_token_has_its_own_mean_over_the_segments_it_ran():
