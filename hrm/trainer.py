@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -130,22 +132,14 @@ class HRMTrainer(Trainer):
     # ------------------------------------------------------------------------------------------------ one step
 
     def training_step(self, model: nn.Module, inputs: StepRows, num_items_in_batch: Any = None) -> Tensor:  # type: ignore[override]
-        """Gradients of one optimizer step; out of memory, it is done again in smaller parts."""
+        """Gradients of one optimizer step; out of memory on any process, all do it again in smaller parts."""
         model.train()
         set_depth(self.core_model.hrm.config, self.full_depth, self.depth, self.state.global_step)
         if inputs.segment == 0:
             self._carries, self._halted = [], []
         self._limit = self.growth.at(self.state.global_step)
         generators, added = _generators(self.args.device), self.core_model.replay.added
-        while True:
-            try:
-                loss = self._gradients(model, inputs)
-                break
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                why = str(error)
-            self._smaller(inputs, why)  # outside: the exception holds on to the failed pass
+        while (loss := self._gradients(model, inputs)) is None:
             model.zero_grad(set_to_none=True)
             _set_generators(generators, self.args.device)
             self.core_model.replay.added = added  # what the failed pass has put in is written over
@@ -153,13 +147,43 @@ class HRMTrainer(Trainer):
             self.growth.saw(mean)
         return loss
 
-    def _gradients(self, model: nn.Module, inputs: StepRows) -> Tensor:
+    def _gradients(self, model: nn.Module, inputs: StepRows) -> Tensor | None:
+        """The step's loss, with its gradients in place; None where it ran out of memory, with the parts made smaller.
+
+        Under DDP processes meet before the step's parts and after them, never in between, where one may have failed:
+        so the parts go through the model without DDP's wrapper, and the gradients are averaged at the end.
+        """
         self._passed = inputs.segment > 0 and self._all_halted()
         if self._passed:  # the optimizer passes over what has no gradient
             self._seen.pass_step(self.args.device)
             return torch.zeros((), device=self.args.device)
         items = self._sum_over_processes(scored_tokens(inputs.rows)).clamp_min(1)
+        apart = isinstance(model, DistributedDataParallel)
         self._seen.begin_step()
+        why = None
+        try:
+            total, carries, halted = self._run_parts(self.core_model if apart else model, inputs, items)
+            gradients = self._all_gradients() if apart else []
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            why = str(error)
+        if self.args.world_size > 1 and not apart:
+            self._refuse_smaller(why)
+        elif failed := self._out_of_memory(why):  # outside: the exception holds on to the failed pass
+            self._smaller(inputs, failed)
+            return None
+        if apart:
+            self._average(gradients)
+        self._carries, self._halted = carries, halted
+        self._seen.end_step()
+        return total
+
+    def _run_parts(
+        self, model: nn.Module, inputs: StepRows, items: Tensor
+    ) -> tuple[Tensor, list[HRMCarry], list[Tensor]]:
+        """Forward and backward passes of a step's parts: its loss, and where a batch takes several steps the parts'
+        carries and which of their rows, (rows,) bool, have halted."""
         total = torch.zeros((), device=self.args.device)
         parts = self._parts(inputs)
         carries, halted = [], []
@@ -175,9 +199,7 @@ class HRMTrainer(Trainer):
             if self.repeats > 1:
                 carries.append(_lowered(output.carry, self.args.bf16))
                 halted.append(carries[-1].halted | (self._halted[number] if inputs.segment else False))
-        self._carries, self._halted = carries, halted
-        self._seen.end_step()
-        return total
+        return total, carries, halted
 
     def _all_halted(self) -> bool:
         """Whether no row of the batch, on any process, has anything left to learn in its remaining segments."""
@@ -217,24 +239,44 @@ class HRMTrainer(Trainer):
         q = 0.0 if output.q_loss is None else config.q_loss_weight * output.q_loss
         return (output.loss - q) * (weights[segment] * len(weights) / sum(weights)) + q
 
-    def _smaller(self, inputs: StepRows, why: str) -> None:
-        """Halves the parts of a step, or gives up where there is nothing to halve."""
-        if self.args.world_size > 1:
+    def _out_of_memory(self, why: str | None) -> dict[int, str]:
+        """What the processes that ran out of memory in this step said, by their numbers; every process takes part.
+
+        why: what this one said; None: it did not run out of memory.
+        """
+        if self.args.world_size == 1:
+            return {} if why is None else {0: why}
+        if not int(self._sum_over_processes(int(why is not None))):
+            return {}
+        return {number: said for number, said in enumerate(gather_object([why])) if said is not None}
+
+    def _refuse_smaller(self, why: str | None) -> None:
+        """Ends this process where it ran out of memory in a step that it cannot do over."""
+        if why is not None:
             raise TrainingError(
                 f"out of memory on process {self.args.process_index} at step {self.state.global_step + 1}, with "
-                f"train.micro_batch={self.micro_batch}; with several processes it should be set lower by hand ({why})",
+                f"train.micro_batch={self.micro_batch}; under FSDP, where processes wait for each other inside a step, "
+                f"it should be set lower by hand ({why})",
                 alone=True,
             )
+
+    def _smaller(self, inputs: StepRows, failed: Mapping[int, str]) -> None:
+        """Halves the parts of a step, on all processes alike, or gives up where there is nothing to halve.
+
+        failed: as of `_out_of_memory`.
+        """
         size = min(self.micro_batch, len(inputs.rows))
+        number, why = next(iter(failed.items()))
+        where = f" on process {number}" if self.args.world_size > 1 else ""
         if size == 1:
             raise TrainingError(
-                f"out of memory at step {self.state.global_step + 1} with one row at a time ({why}); last good "
+                f"out of memory{where} at step {self.state.global_step + 1} with one row at a time ({why}); last good "
                 f"checkpoint: {self._last_good(self.state.global_step)}"
             )
         self.micro_batch = -(-size // 2)
         logger.warning(
-            "out of memory with %d rows at a time; going on with %d, in the same batches of %d",
-            size, self.micro_batch, self.settings.batch_size,
+            "out of memory%s with %d rows at a time; going on with %d, in the same batches of %d",
+            where, size, self.micro_batch, self.settings.batch_size,
         )  # fmt: skip
         self._carries = _cut(self._carries, self.micro_batch)
         self._halted = list(torch.cat(self._halted).split(self.micro_batch)) if self._halted else []
@@ -377,6 +419,23 @@ class HRMTrainer(Trainer):
 
     def _mean_over_processes(self, value: Tensor) -> Tensor:
         return self._sum_over_processes(value.detach().clone()) / self.args.world_size
+
+    def _all_gradients(self) -> list[Tensor]:
+        """The gradient of each parameter that trains; one that this process' rows did not reach becomes zeros."""
+        trained = [p for p in self.core_model.parameters() if p.requires_grad]
+        for parameter in trained:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        return [parameter.grad for parameter in trained if parameter.grad is not None]
+
+    def _average(self, gradients: Sequence[Tensor]) -> None:
+        """Averages each over the processes, in place: no memory is asked for that one of them might not have."""
+        group = torch.distributed.group.WORLD
+        assert group is not None
+        for dtype in dict.fromkeys(gradient.dtype for gradient in gradients):
+            alike = [gradient for gradient in gradients if gradient.dtype == dtype]
+            torch._foreach_div_(alike, self.args.world_size)
+            group.allreduce_coalesced(alike).wait()  # one message for all
 
 
 # ---------------------------------------------------------------------------------------------------- parts

@@ -18,6 +18,7 @@ from hrm.trainer import HRMTrainer
 
 steps: list[dict[str, int]] = []
 make, step, forward = DistributedDataParallel.__init__, HRMTrainer.training_step, HRMGemmaForCausalLM.forward
+average = HRMTrainer._average
 
 
 def counted(state: Any, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
@@ -28,6 +29,11 @@ def counted(state: Any, bucket: GradBucket) -> torch.futures.Future[torch.Tensor
 def made(self: Any, *args: Any, **kwargs: Any) -> None:
     make(self, *args, **kwargs)
     self.register_comm_hook(None, counted)
+
+
+def averaged(self: Any, gradients: Any) -> None:
+    steps[-1]["sums"] += len({gradient.dtype for gradient in gradients})
+    average(self, gradients)
 
 
 def stepped(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -45,6 +51,7 @@ def forwarded(self: Any, *args: Any, **kwargs: Any) -> Any:
 if __name__ == "__main__":
     DistributedDataParallel.__init__ = made  # type: ignore[method-assign]
     HRMTrainer.training_step, HRMGemmaForCausalLM.forward = stepped, forwarded  # type: ignore[method-assign]
+    HRMTrainer._average = averaged  # type: ignore[method-assign]
     status = main(sys.argv[1:])
     Path(f"sums-{os.environ['RANK']}.json").write_text(json.dumps(steps))
     sys.exit(status)

@@ -126,6 +126,46 @@ def test_a_full_disk_of_one_process_ends_all_with_the_same_message(
     check_training(checkpoints(folder)[-1])
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("hrm.act=true", "hrm.max_segments=3", "hrm.exploration=0.5", "hrm.q_target=replay", "lora.dropout=0.2"),
+        ("hrm.segments=2", "train.update_every=segment"),
+    ],
+    ids=["replay", "segment"],
+)
+def test_a_step_for_which_one_process_lacks_memory_is_done_again_by_all(
+    place: Path, tmp_path: Path, words: tuple[str, ...], request: pytest.FixtureRequest
+) -> None:
+    """Bit for bit what follows where one goes on from the step before with the smaller micro-batch."""
+    name, own = request.node.callspec.id, ["train.steps=4", "train.batch_size=8", "train.micro_batch=2", *words]
+    program = str(TESTS / "little_memory.py"), str(tmp_path), "1", "1"
+    short = train(place, f"short-{name}", 2, *own, program=program)
+    assert [line["micro_batch"] for line in steps(short)] == [2, 2, 1, 1]
+    message = "out of memory on process 1 with 2 rows at a time; going on with 1"
+    assert [(tmp_path / f"{rank}.txt").read_text().count(message) for rank in (0, 1)] == [1, 0]  # told by the first
+    again = place / f"again-{name}" / short.name
+    shutil.copytree(short, again)
+    shutil.rmtree(checkpoints(again)[-1])
+    config = (again / "config.yaml").read_text()
+    (again / "config.yaml").write_text(config.replace("micro_batch: 2\n", "micro_batch: 1\n"))
+    train(place, again.parent.name, 2, f"run.resume={again}")
+    assert_same(weights(again), weights(short))
+    assert steps(again) == steps(short)
+
+
+def test_one_process_without_memory_for_a_row_ends_all_with_the_same_message(place: Path, tmp_path: Path) -> None:
+    program = str(TESTS / "little_memory.py"), str(tmp_path), "0", "9"
+    folder = train(place, "none", 2, "train.steps=4", "train.batch_size=8", "train.micro_batch=2", program=program)
+    one, other = ((tmp_path / f"{rank}.txt").read_text() for rank in (0, 1))  # a process that is killed writes none
+    assert one.startswith("1 ") and other.startswith("1 ")
+    message = (
+        "hrm: out of memory on process 1 at step 3 with one row at a time (CUDA out of memory. Tried to allocate 2 GiB)"
+        f"; last good checkpoint: {folder}/checkpoints/step-00000002, of step 2\n"
+    )
+    assert one.endswith(message) and other.endswith(message)
+
+
 @pytest.fixture(scope="module", params=["gemma3_text", "qwen3"])  # embeddings tied to the head, and not
 def sharded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """A kind of backbone, and what two processes have left of it under torch's FSDP2."""

@@ -25,9 +25,9 @@ from safetensors.torch import load_file, save_file
 from tiny_backbone import TINY_CORE, save_tiny_backbone
 
 from hrm import HRMGemmaForCausalLM, HRMOutput
-from hrm.batching import BatchPlan, StepRows, micro_batches
+from hrm.batching import BatchPlan, micro_batches
 from hrm.curriculum import SegmentGrowth
-from hrm.data import Encoded, Template, encode, load_problems
+from hrm.data import Template, encode, load_problems
 from hrm.loss import IGNORED
 from hrm.running import Interrupted, TrainingError, locked
 from hrm.saving import checkpoints, put_in_place, replace_folder
@@ -351,14 +351,15 @@ def test_out_of_memory_is_known_by_what_cuda_says(settings: Load, text: str, mon
     assert [line["micro_batch"] for line in steps(run(settings("train.steps=1")))] == [2]
 
 
-def test_out_of_memory_in_one_of_several_processes_ends_that_one_alone() -> None:
+def test_out_of_memory_under_fsdp_ends_its_process_alone() -> None:
     trainer: Any = SimpleNamespace(
         args=SimpleNamespace(world_size=2, process_index=1), state=SimpleNamespace(global_step=3), micro_batch=4
     )
+    HRMTrainer._refuse_smaller(trainer, None)
     with pytest.raises(
-        TrainingError, match=r"out of memory on process 1 at step 4, with train.micro_batch=4"
+        TrainingError, match=r"out of memory on process 1 at step 4, with train.micro_batch=4; under FSDP"
     ) as raised:
-        HRMTrainer._smaller(trainer, StepRows([(Encoded([1], [2]), 0)]), "why")
+        HRMTrainer._refuse_smaller(trainer, "why")
     assert raised.value.alone
 
 
