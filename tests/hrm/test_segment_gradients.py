@@ -81,13 +81,16 @@ def compare_with_all_at_once(
             patch.setattr(HRMGemmaForCausalLM, "_one_by_one", lambda *_: False)
             expected, reference = trained(model, **inputs)
     assert gradients.keys() == reference.keys() and any("lora" in name for name in gradients)
+    gpu = model.device.type == "cuda"  # its kernels round otherwise with gradients than without
+    rounding = 2**-8 if low else 2e-6 if not gpu else 2e-4
     for name, gradient in gradients.items():
         off, size = float((gradient - reference[name]).norm()), float(reference[name].norm())
         # sums of the same parts in another order: a few roundings of the number format
-        assert off <= (4 * 2**-8 if low else 1e-5) * size, (name, off, size)
+        assert off <= 5 * rounding * size, (name, off, size)
     for name in HRMOutput.__dataclass_fields__:
-        torch.testing.assert_close(getattr(found, name), getattr(expected, name), msg=name)
-    torch.testing.assert_close(replay, model.replay.state())
+        close = {"rtol": rounding, "atol": rounding} if gpu else {}
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), msg=name, **close)
+    torch.testing.assert_close(replay, model.replay.state(), **close)
     return found
 
 
@@ -128,15 +131,17 @@ def test_a_model_that_halts_trains_as_with_all_segments_at_once(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("low", [False, True])
 @pytest.mark.parametrize("halting", ["segments", *HALTING])
 def test_on_a_gpu_with_the_kernels(
-    make_model: Make, monkeypatch: pytest.MonkeyPatch, taken: list, halting: str
+    make_model: Make, monkeypatch: pytest.MonkeyPatch, taken: list, halting: str, low: bool
 ) -> None:
     model = make_model(**HALTING.get(halting, {"segments": 3, "h_cycles": 3, "grad_cycles": 2})).train()
-    if halting in HALTING:
-        halt_apart(model, given("padded"))
     model.cuda().hrm.fused = True
-    found = compare_with_all_at_once(model, monkeypatch, True, **given("padded"), num_items_in_batch=20)
+    inputs = {name: value.cuda() for name, value in given("padded").items()}
+    if halting in HALTING:
+        halt_apart(model, inputs)
+    found = compare_with_all_at_once(model, monkeypatch, low, **inputs, num_items_in_batch=20)
     assert len(taken) == found.token_segments.max() > 1
 
 
@@ -155,10 +160,10 @@ def test_on_a_gpu_a_segment_takes_no_memory_of_its_own_but_two_states(make_model
             model(ids, labels=ids).loss.backward()
         return torch.cuda.max_memory_allocated()
 
-    most(2)  # what is allocated once and for all
-    few, many = most(2), most(10)
+    most(3)  # what is allocated once and for all
+    few, many = most(3), most(11)
     states = 8 * tokens * (d_l + d_h) * 2 if act else 0
-    assert many - few == pytest.approx(states, abs=2**20)
+    assert states <= many - few <= states + 8 * tokens * 64  # losses, masks and Q values of each token
 
 
 def halt_apart(model: HRMGemmaForCausalLM, inputs: dict[str, Tensor]) -> None:
