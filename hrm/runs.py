@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,27 @@ def forget_after(path: Path, step: int, events: Collection[str] = ()) -> None:
     if not path.is_file():
         return
     lines = [(text, values) for text, values in _whole_lines(path) if values.get("event") not in events]
-    kept = [text for text, values in lines if values.get("step", 0) <= step]
+    _replace(path, [text for text, values in lines if values.get("step", 0) <= step])
+
+
+def keep_lines(path: Path, folder: Path) -> None:
+    """Writes the lines so far into the `folder` of a checkpoint, under the file's name; a missing file has none."""
+    (folder / path.name).write_bytes(path.read_bytes() if path.is_file() else b"")
+
+
+def bring_back(path: Path, folder: Path, step: int) -> None:
+    """Puts back the lines that `keep_lines` wrote into the `folder` of a checkpoint of `step` steps, whatever the file
+    has lost; of its own lines, those stay that came after the checkpoint. Where neither has any, none is made."""
+    kept = [text for text, _ in _whole_lines(folder / path.name)]
+    known = set(kept)
+    own = [text for text, values in _whole_lines(path) if text not in known and values.get("step", step) >= step]
+    if kept or path.is_file():
+        _replace(path, [*kept, *own])
+
+
+def _replace(path: Path, lines: Iterable[str]) -> None:
     staging = path.with_name(f".{path.name}.writing")
-    staging.write_text("".join(kept), encoding="utf-8")
+    staging.write_text("".join(lines), encoding="utf-8")
     os.replace(staging, path)  # in one step: a kill on the way leaves the old lines
 
 

@@ -139,7 +139,10 @@ def check_manifest(folder: Path, names: Collection[str]) -> None:
     for name in names:  # not those of the manifest, which may have been cut short too
         path = folder / name
         if name not in digests:
-            raise UsageError(f"{folder / MANIFEST} does not list {name}, as it should: it was cut short or changed")
+            raise UsageError(
+                f"{folder / MANIFEST} does not list {name}, as it should: it was cut short or changed, "
+                "or another version of hrm wrote it"
+            )
         if not path.is_file():
             raise UsageError(f"{path} is no file")
         if sha256_of(path) != digests[name]:

@@ -30,7 +30,7 @@ from hrm.running import TrainingError, check_unchanged, is_out_of_memory, peak_m
 from hrm.saving import checkpoint_folder, checkpoints, remove_old_checkpoints, step_of
 from hrm.settings import UsageError, core_lr
 from hrm.sharding import here, set_up_sharding, whole
-from hrm.training_state import check_training, load_optimizer, load_rank, load_weights, save_training
+from hrm.training_state import check_training, load_lines, load_optimizer, load_rank, load_weights, save_training
 
 logger = logging.getLogger("hrm")
 
@@ -48,7 +48,7 @@ class HRMTrainer(Trainer):
         model: in the precision that it trains in.
         rows: what is trained on.
         settings: the `train` section of `TrainingSettings`.
-        folder: of the run; checkpoints go into it.
+        folder: of the run; checkpoints go into it, with a copy of its metrics.jsonl.
         pad: token id that fills rows up.
         steps: optimizer steps.
         callbacks: see `hrm.monitor`.
@@ -350,7 +350,7 @@ class HRMTrainer(Trainer):
         elif "train_loss" in logs:
             logs["train_loss"] = self._seen.total_loss(self._sum_over_processes) / max(1, self.state.global_step)
         super().log(logs, start_time)
-        self.state.log_history.clear()  # metrics.jsonl has it; every checkpoint would hold all of it
+        self.state.log_history.clear()  # metrics.jsonl has it, of which every checkpoint holds a copy
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 
@@ -397,9 +397,10 @@ class HRMTrainer(Trainer):
             raise TrainingError(self._no_way_on())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        check_training(Path(resume_from_checkpoint))
-        whole = self.core_model if model is None else model
-        load_weights(Path(resume_from_checkpoint), whole)
+        folder = Path(resume_from_checkpoint)
+        check_training(folder)
+        load_weights(folder, self.core_model if model is None else model)
+        load_lines(self, folder)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:

@@ -2,7 +2,8 @@
 
     model.safetensors      what trains, and the core's buffers; the rest is the backbone's own
     optimizer.safetensors  its tensors by parameter; numbers are in optimizer.json
-    trainer_state.json     the Trainer's own: step, epoch; what was logged is the run's metrics.jsonl
+    trainer_state.json     the Trainer's own: step, epoch
+    metrics.jsonl          the run's lines so far
     progress.json          schedule, curriculum, counters, what was measured since the last line of metrics.jsonl,
                            settings, digests of data and backbone, number of processes
     rank-<r>.safetensors   of each process: replay buffer and generators; numbers of these in rank-<r>.json
@@ -28,12 +29,14 @@ from transformers import set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
 from hrm.running import check_settings, on_each, on_first
+from hrm.runs import METRICS, bring_back, keep_lines
 from hrm.saving import (
     check_manifest,
     new_place,
     put_in_place,
     read_json,
     read_tensors,
+    step_of,
     unwritable,
     write_json,
     write_tensors,
@@ -69,6 +72,7 @@ def save_training(trainer: HRMTrainer, folder: Path) -> None:
         write_json(place / NUMBERS, numbers)
         trainer.state.save_to_json(str(place / TRAINER_STATE_NAME))
         write_json(place / PROGRESS, progress)
+        keep_lines(trainer.folder / METRICS, place)
 
     place = on_first(processes, told(lambda: new_place(folder)))
     try:
@@ -85,7 +89,7 @@ def check_training(folder: Path) -> None:
     check_manifest(folder, (PROGRESS,))
     ranks = range(read_json(folder / PROGRESS, ("world",))["world"])
     of_ranks = (name for rank in ranks for name in _rank_files(rank))
-    check_manifest(folder, (MODEL, OPTIMIZER, NUMBERS, TRAINER_STATE_NAME, *of_ranks))
+    check_manifest(folder, (MODEL, OPTIMIZER, NUMBERS, TRAINER_STATE_NAME, METRICS, *of_ranks))
 
 
 def check_record(folder: Path, now: Mapping[str, Any], run: Path) -> None:
@@ -113,6 +117,16 @@ def load_weights(folder: Path, model: torch.nn.Module) -> None:
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(_cut_like(weights[name], tensor))
+
+
+def load_lines(trainer: HRMTrainer, folder: Path) -> None:
+    """Puts back what the run's metrics.jsonl has lost of its lines up to the checkpoint; the first process writes.
+
+    Raises:
+        UsageError: it cannot be written.
+    """
+    path = trainer.folder / METRICS
+    on_first(PartialState(), unwritable(path)(lambda: bring_back(path, folder, step_of(folder))))
 
 
 def load_optimizer(trainer: HRMTrainer, folder: Path) -> None:

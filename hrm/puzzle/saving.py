@@ -12,6 +12,7 @@ from torch import Tensor
 from hrm.puzzle.config import PuzzleConfig
 from hrm.puzzle.data import TASKS
 from hrm.puzzle.model import PuzzleModel
+from hrm.runs import METRICS, keep_lines
 from hrm.saving import (
     check_manifest,
     checkpoint_folder,
@@ -26,6 +27,7 @@ from hrm.settings import UsageError
 
 CONFIG, WEIGHTS, STATE, PROGRESS = "config.json", "model.safetensors", "state.safetensors", "progress.json"
 MODEL = "model"  # folder of a run
+EVALUATIONS = "evaluations.jsonl"  # of a run folder
 
 
 def save_model(model: PuzzleModel, folder: Path, about: Mapping[str, Any]) -> None:
@@ -66,12 +68,15 @@ def load_model(path: str | os.PathLike[str]) -> tuple[PuzzleModel, dict[str, Any
 
 
 def save_checkpoint(run: Path, step: int, state: Mapping[str, Tensor], progress: Mapping[str, Any]) -> Path:
-    """Writes checkpoints/step-<step> of a run after `step` steps and removes all but the newest `KEPT`."""
+    """Writes checkpoints/step-<step> of a run after `step` steps, with its lines so far, and removes all but the newest
+    `KEPT`."""
     folder = checkpoint_folder(run, step)
 
     def fill(place: Path) -> None:
         write_tensors(place / STATE, state)
         write_json(place / PROGRESS, {**progress, "step": step})
+        for name in (METRICS, EVALUATIONS):
+            keep_lines(run / name, place)
 
     replace_folder(folder, fill)
     remove_old_checkpoints(run)
@@ -84,5 +89,5 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         UsageError: a file is missing, damaged, or of another version; the message names it.
     """
-    check_manifest(folder, (STATE, PROGRESS))
+    check_manifest(folder, (STATE, PROGRESS, METRICS, EVALUATIONS))
     return read_tensors(folder / STATE), read_json(folder / PROGRESS, ("step", "seconds", "identity", "settings"))

@@ -23,7 +23,7 @@ from hrm.puzzle.data import BatchStream, PuzzleSet, load_puzzles
 from hrm.puzzle.engine import NO_STEP, Engine
 from hrm.puzzle.evaluate import Evaluation, check_fit, evaluate
 from hrm.puzzle.model import PuzzleModel
-from hrm.puzzle.saving import MODEL, load_checkpoint, save_checkpoint, save_model
+from hrm.puzzle.saving import EVALUATIONS, MODEL, load_checkpoint, save_checkpoint, save_model
 from hrm.puzzle.settings import check_processes, model_config
 from hrm.puzzle.shared import alike
 from hrm.room import check_room
@@ -41,7 +41,7 @@ from hrm.running import (
     recorded,
     run_folder,
 )
-from hrm.runs import METRICS, forget_after
+from hrm.runs import METRICS, bring_back, forget_after
 from hrm.saving import checkpoints
 from hrm.settings import UsageError
 
@@ -235,7 +235,7 @@ class PuzzleRun:
         return bool(every and self.step and self.step % every == 0 and self.step < self.settings.train.steps)
 
     def _evaluated(self) -> bool:
-        path = self.folder / "evaluations.jsonl"
+        path = self.folder / EVALUATIONS
         return path.is_file() and any(json.loads(line)["step"] == self.step for line in path.read_text().splitlines())
 
     def _take_step(self, rows: Any) -> None:
@@ -304,7 +304,7 @@ class PuzzleRun:
         self.seconds = time.perf_counter() - self._started
         line = {"step": self.step, "seconds": round(self.seconds, 3), "exact": found.exact, "cells": found.cells,
                 "count": found.count, "by_segment": found.by_segment, "took": round(found.seconds, 3)}  # fmt: skip
-        self._append("evaluations.jsonl", line)
+        self._append(EVALUATIONS, line)
         self.console.print(
             f"step {self.step:6}, {self.seconds:7.1f} s: {found.exact:.1%} of {found.count} puzzles right, "
             f"{found.cells:.1%} of the cells", highlight=False,
@@ -336,7 +336,13 @@ class PuzzleRun:
             raise UsageError(f"{saved[-1]} does not fit this run: {error}") from error
         self.step = self.logged = progress["step"]
         self.seconds = progress["seconds"]
+        on_first(self.processes, lambda: self._bring_back(saved[-1]))
         self._forget_after(self.step)
+
+    def _bring_back(self, checkpoint: Path) -> None:
+        """Puts back what the run's files have lost of their lines up to the checkpoint."""
+        for name in (METRICS, EVALUATIONS):
+            bring_back(self.folder / name, checkpoint, self.step)
 
     def _forget_after(self, step: int) -> None:
         """Drops lines of steps that the checkpoint does not know, and a line cut short by a kill; they come again."""
@@ -344,4 +350,4 @@ class PuzzleRun:
             return
         forget_after(self.folder / METRICS, step)
         # the last evaluation is made again also where training was over
-        forget_after(self.folder / "evaluations.jsonl", min(step, self.settings.train.steps - 1))
+        forget_after(self.folder / EVALUATIONS, min(step, self.settings.train.steps - 1))

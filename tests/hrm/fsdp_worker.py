@@ -44,11 +44,11 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def trainer_of(model: Any, optimizer: Any, rank: int, world: int) -> Any:
+def trainer_of(model: Any, optimizer: Any, folder: Path, rank: int, world: int) -> Any:
     """What `hrm.training_state` needs of a trainer."""
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     return SimpleNamespace(
-        model_wrapped=model, core_model=SimpleNamespace(replay=ReplayBuffer(4)), optimizer=optimizer,
+        model_wrapped=model, core_model=SimpleNamespace(replay=ReplayBuffer(4)), optimizer=optimizer, folder=folder,
         lr_scheduler=schedule, progress=dict, load_progress=lambda _: None,
         create_scheduler=lambda steps: schedule,
         args=SimpleNamespace(process_index=rank, world_size=world, device=torch.device("cpu"), max_steps=1, seed=0),
@@ -103,7 +103,7 @@ def main(folder: Path, kind: str) -> None:
     (out.loss * world).backward()
     gradients = {name: full(p.grad) for name, p in model.named_parameters() if p.grad is not None}
     optimizer.step()
-    trainer = trainer_of(model, optimizer, rank, world)
+    trainer = trainer_of(model, optimizer, folder, rank, world)
     save_training(trainer, folder / "step-00000001")
     before = {name: full(p.detach()).clone() for name, p in model.named_parameters()}
     moments = [full(state[key]) for state in optimizer.state.values() for key in sorted(state)]

@@ -455,6 +455,38 @@ def test_a_resumed_run_tells_what_an_unbroken_one_does(
     )
 
 
+@pytest.mark.parametrize("lost", ["all", "the beginning", "the end", "moved"])
+def test_a_checkpoint_has_the_lines_that_the_run_folder_has_lost(
+    settings: Load, tmp_path: Path, lost: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = settings("train.save_every=2", "train.deterministic=true")
+    straight, step = run(arguments), HRMTrainer.training_step
+
+    def ended(self: HRMTrainer, *args: Any) -> Any:
+        if self.state.global_step == 5:
+            raise Killed
+        return step(self, *args)
+
+    with monkeypatch.context() as patched, contextlib.suppress(Killed):
+        patched.setattr(HRMTrainer, "training_step", ended)
+        run([*arguments, f"run.folder={tmp_path / 'cut'}"])
+    (cut,) = (tmp_path / "cut").iterdir()
+    path = cut / "metrics.jsonl"
+    text = path.read_text()
+    assert len(steps(cut)) == 5 and checkpoints(cut)[-1].name == "step-00000004"
+    if lost == "moved":  # what a run needs to go on, and nothing else
+        for name in ("config.yaml", "checkpoints"):
+            (tmp_path / "moved").mkdir(exist_ok=True)
+            shutil.move(cut / name, tmp_path / "moved" / name)
+        cut = tmp_path / "moved"
+    elif lost == "all":
+        path.unlink()
+    else:
+        path.write_text(text[len(text) // 2 :] if lost == "the beginning" else text[: len(text) // 2])
+    resume(cut)
+    assert lines(cut) == lines(straight)
+
+
 def _windows(told: list[dict[str, Any]]) -> list[int]:
     """How many steps each line is of."""
     numbers = [0, *(line["step"] for line in told)]
@@ -468,7 +500,9 @@ def test_a_finished_run_is_not_trained_or_judged_again(settings: Load) -> None:
     assert (folder / "metrics.jsonl").read_text() == before
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "progress.json", "rank-0.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.safetensors", "progress.json", "rank-0.safetensors", "metrics.jsonl"]
+)
 def test_a_damaged_checkpoint_is_refused_by_name(settings: Load, name: str) -> None:
     folder = run(settings("train.steps=2"))
     path = checkpoints(folder)[-1] / name
@@ -485,12 +519,13 @@ def test_a_damaged_checkpoint_is_refused_by_name(settings: Load, name: str) -> N
         resume(folder)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "rank-1.json", "trainer_state.json"])
+@pytest.mark.parametrize("name", ["model.safetensors", "rank-1.json", "trainer_state.json", "metrics.jsonl"])
 def test_a_manifest_that_lacks_a_file_is_refused_by_name(tmp_path: Path, name: str) -> None:
     def fill(place: Path) -> None:
         ranks = [f"rank-{rank}.{kind}" for rank in (0, 1) for kind in ("safetensors", "json")]
         for file in ("model.safetensors", "optimizer.safetensors", "optimizer.json", "trainer_state.json", *ranks):
             (place / file).write_text(file)
+        (place / "metrics.jsonl").write_text("")
         (place / "progress.json").write_text('{"world": 2}')
 
     folder = tmp_path / "step-00000001"
@@ -577,7 +612,7 @@ def test_a_finished_run_of_part_of_a_batch_is_left_alone(settings: Load) -> None
 def test_nothing_in_a_checkpoint_is_pickled(settings: Load) -> None:
     (newest,) = checkpoints(run(settings("train.steps=1")))
     kinds = {path.suffix for path in newest.iterdir()}
-    assert kinds == {".safetensors", ".json"}
+    assert kinds == {".safetensors", ".json", ".jsonl"}
     assert len(checkpoints(run(settings("train.steps=5")))) == 2  # older ones are gone
 
 
