@@ -86,7 +86,12 @@ GAUGES = (
         "state",
     ),
     Exported("hrm_tokens_per_second", "Tokens trained on, per second.", {"tokens_per_second": ""}),
-    Exported("hrm_memory_bytes", "Most memory in use so far, bytes.", {"memory_gb": ""}, scale=1e9),
+    Exported(
+        "hrm_memory_bytes",
+        "Most memory in use, of the GPU since the last log or of a process without one so far, bytes.",
+        {"memory_gb": ""},
+        scale=1e9,
+    ),
     Exported("hrm_grad_norm", "Norm of the gradient before it is clipped.", {"grad_norm": ""}),
     Exported(
         "hrm_learning_rate",

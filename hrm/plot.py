@@ -137,7 +137,7 @@ def _speed(axes: Axes, lines: Sequence[Line]) -> None:
 
 def _memory(axes: Axes, lines: Sequence[Line]) -> None:
     _curve(axes, lines, "memory_gb")
-    axes.set(ylabel="most memory so far, GB", title="Memory", ylim=_from_zero(lines, "memory_gb"))
+    axes.set(ylabel="most memory, GB", title="Memory", ylim=_from_zero(lines, "memory_gb"))
 
 
 def _gradient(axes: Axes, lines: Sequence[Line]) -> None:

@@ -276,9 +276,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def peak_memory(device: torch.device) -> float:
-    """Most memory in use so far, in GB: the GPU's allocations, or the whole process elsewhere."""
+    """Most memory in use, in GB: of the GPU's allocations since the last call; elsewhere, where such a peak cannot be
+    read by intervals, of the whole process since its start."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak / 1e9
     import resource  # not on Windows
 
     unit = 1 if sys.platform == "darwin" else 1024

@@ -4,8 +4,9 @@ import signal
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from hrm.running import Interrupted, StopOnInterrupt, TrainingError, joined_processes
+from hrm.running import Interrupted, StopOnInterrupt, TrainingError, joined_processes, peak_memory
 from hrm.settings import UsageError
 
 
@@ -78,3 +79,18 @@ def test_processes_that_the_caller_has_joined_stay_joined(group):
     with joined_processes():
         pass
     assert group.joined and group.parted == 0
+
+
+# ---------------------------------------------------------------------------------------------------- memory
+
+
+def test_a_gpus_peak_is_that_since_it_was_last_read(monkeypatch):
+    now, peak = 2e9, [5e9]
+    monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda device: peak[0])
+    monkeypatch.setattr("torch.cuda.reset_peak_memory_stats", lambda device: peak.__setitem__(0, now))
+    assert [peak_memory(torch.device("cuda")) for _ in range(2)] == [5, 2]
+
+
+def test_a_processs_peak_does_not_fall():
+    before = peak_memory(torch.device("cpu"))
+    assert 0.01 < before <= peak_memory(torch.device("cpu")) < 1000
