@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from hrm.settings import Key, TrainingSettings, UsageError, keys_of, kind_name, load_settings, nearest
+from hrm.settings import OF_ACT, Key, TrainingSettings, UsageError, keys_of, kind_name, load_settings, nearest
 
 PRESETS = Path(__file__).parent / "presets"
 SUFFIXES = (".yaml", ".yml")  # of a file; anything else is a name
@@ -38,7 +38,8 @@ def read_preset(name: str, schema: type, overrides: Sequence[str] = ()) -> dict[
     Args:
         name: of a packaged preset, or a file that ends in .yaml or .yml.
         schema: the class of the settings; what only `hrm train` has keys for is checked and left out of others.
-        overrides: what was typed; with another task than the preset's, the options of the preset's task are left out.
+        overrides: what was typed; with another task than the preset's, the options of the preset's task are left out,
+            and with ACT turned off what the preset says of ACT.
 
     Raises:
         UsageError: there is no such preset, it cannot be read, is no YAML, or holds a key that there is not, one that
@@ -56,6 +57,9 @@ def read_preset(name: str, schema: type, overrides: Sequence[str] = ()) -> dict[
     if any(word.startswith("data.task=") for word in overrides):
         for options in ("task_options", "held_out_options"):
             values.get("data", {}).pop(options, None)
+    if any(word.startswith("hrm.act=") for word in overrides) and not load_settings(schema, overrides).hrm.act:
+        for setting in (*OF_ACT, "hrm.max_segments", "hrm.replay_size"):
+            values.get("hrm", {}).pop(setting.removeprefix("hrm."), None)
     return values
 
 

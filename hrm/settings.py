@@ -488,6 +488,34 @@ def check_step(settings: Any) -> None:
         raise UsageError(
             "hrm.max_segments is 1; it should be at least 2 with hrm.act=true, or nothing can go on or halt"
         )
+    if OmegaConf.select(settings, "run.resume") is None:  # a run that goes on keeps what it was started with
+        _check_used(settings)
+
+
+OF_ACT = ("hrm.min_segments", "hrm.exploration", "hrm.segment_price", "hrm.q_target", "hrm.q_gradient",
+          "hrm.q_loss_weight")  # fmt: skip
+NEEDED = {  # a setting: the keys that say nothing without it
+    "hrm.act=true": OF_ACT,
+    "hrm.q_target=replay": ("hrm.replay_size",),
+    "train.segment_growth=plateau": ("train.plateau_window", "train.plateau_tolerance"),
+}
+
+
+def _check_used(settings: Any) -> None:
+    """Raises a UsageError that names the first key that is set and would be passed over."""
+    unset = {key.name: key.default for key in keys_of(QuickstartSettings)}
+    for setting, names in NEEDED.items():
+        switch, _, value = setting.partition("=")
+        if str(OmegaConf.select(settings, switch)).lower() != value:
+            for name in names:
+                should = f"{unset[name]}, its default, without {setting}; set that, or leave {name} out"
+                require(settings, name, lambda value, name=name: value == unset[name], should)
+    most, core = settings.hrm.max_segments, settings.hrm
+    if not core.act and most > max(1, core.segments):  # a number up to that is what a checkpoint's config holds
+        raise UsageError(
+            f"hrm.max_segments is {most}; it should be 1, its default, without hrm.act=true; set that, or "
+            f"hrm.segments={most} for as many segments each time"
+        )
 
 
 def check_packages(settings: Any) -> None:

@@ -46,6 +46,17 @@ def test_another_task_does_not_get_the_presets_options():
     assert settings.data.held_out_options == {}
 
 
+def test_without_act_the_preset_says_nothing_of_it(tmp_path):
+    text = "hrm: {act: true, max_segments: 4, exploration: 0.2, q_target: replay, replay_size: 64, d_l: 64}\n"
+    preset = f"preset={write(tmp_path / 'mine.yaml', text)}"
+    for act in ("true", "false"):
+        settings = load_training_settings([preset, f"hrm.act={act}"])
+        check_training(settings)
+        assert (settings.hrm.d_l, settings.hrm.exploration) == (64, 0.2 if act == "true" else 0.0)
+    with pytest.raises(UsageError, match=r"hrm.exploration is 0.1; .* without hrm.act=true"):
+        check_training(load_training_settings([preset, "hrm.act=false", "hrm.exploration=0.1"]))
+
+
 def test_a_file_of_ones_own(tmp_path):
     text = "# mine\nlora:\ntrain: {core_lr: 1e-4, depth: [[0.5, 1, 1]]}\nhrm:\n  fused: false\n"
     for name in ("mine.yaml", "mine.yml"):

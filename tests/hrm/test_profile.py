@@ -281,7 +281,8 @@ def test_a_step_a_segment_is_advised_last_and_as_a_change() -> None:
         ("train.pack=true", False),
         ("train.segment_growth=steps", False),
         ("hrm.stop_residual=0.1", False),
-        ("hrm.q_target=replay", False),
+        ("hrm.act=true hrm.max_segments=4", True),
+        ("hrm.act=true hrm.max_segments=4 hrm.q_target=replay", False),
         ("train.update_every=segment", False),
     ],
 )
@@ -289,7 +290,7 @@ def test_a_step_a_segment_is_offered_where_it_can_be(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str, possible: bool
 ) -> None:
     backbone_config("qwen3").save_pretrained(tmp_path)
-    shown(f"hrm.backbone={tmp_path}", "hrm.segments=4", "hrm.d_h=512", "train.batch_size=64", override)
+    shown(f"hrm.backbone={tmp_path}", "hrm.segments=4", "hrm.d_h=512", "train.batch_size=64", *override.split())
     assert ("train.update_every=segment" in capsys.readouterr().out) is possible
 
 

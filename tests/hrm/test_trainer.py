@@ -575,6 +575,20 @@ def test_other_data_or_another_backbone_are_refused(settings: Load, tmp_path: Pa
         resume(folder)
 
 
+def test_a_run_that_says_what_is_passed_over_goes_on(settings: Load) -> None:
+    """As those of versions that did not mind."""
+    folder = run(settings("train.steps=1"))
+    for path in (folder / "config.yaml", *folder.rglob("progress.json")):
+        text = path.read_text()
+        path.write_text(text.replace("exploration: 0.0", "exploration: 0.2").replace('ion": 0.0', 'ion": 0.2'))
+        assert path.read_text() != text
+    place, newest = folder / "place", checkpoints(folder)[-1]
+    newest.rename(place)
+    (place / "manifest.json").unlink()
+    put_in_place(place, newest)
+    resume(folder)
+
+
 def test_settings_that_were_edited_are_refused_by_name(settings: Load) -> None:
     folder = run(settings("train.steps=1"))
     config = (folder / "config.yaml").read_text()
@@ -639,6 +653,18 @@ def test_nothing_in_a_checkpoint_is_pickled(settings: Load) -> None:
         ("hrm.segment_weights=[0.5]", None),
         ("hrm.act=true", "hrm.max_segments is 1; it should be at least 2 with hrm.act=true"),
         ("hrm.segment_weights=[0]", "hrm.segment_weights"),
+        (
+            "hrm.exploration=0.2",
+            "hrm.exploration is 0.2; it should be 0.0, its default, without hrm.act=true; set",
+        ),
+        ("hrm.min_segments=1", None),
+        ("hrm.max_segments=4", r"hrm.max_segments is 4; .* without hrm.act=true; set that, or hrm.segments=4"),
+        ("hrm.segment_price=0.1", "without hrm.act=true"),
+        ("hrm.q_target=none", "without hrm.act=true"),
+        ("hrm.q_gradient=head", "without hrm.act=true"),
+        ("hrm.q_loss_weight=1", "without hrm.act=true"),
+        ("hrm.replay_size=16", "hrm.replay_size is 16; it should be 4096, its default, without hrm.q_target=replay"),
+        ("train.plateau_window=5", "train.plateau_window is 5; it should be 100, .* train.segment_growth=plateau"),
     ],
 )
 def test_settings_that_make_no_sense(settings: Load, override: str, message: str | None) -> None:
