@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import os
 import signal
 import sys
 import time
@@ -51,9 +52,14 @@ def joined_processes() -> Iterator[PartialState]:
     were joined before (`PartialState()`) stay so, for a program that trains more than once.
 
     Errors that end all of them alike part them too; after any other, parting could wait for processes that go on.
+
+    Raises:
+        UsageError: `accelerate launch` was told to start several processes, and has started one.
     """
     joined_before = _are_joined()
     processes = PartialState(cpu=not torch.cuda.is_available())
+    if processes.num_processes == 1:
+        _check_launch()
 
     def part() -> None:
         if _are_joined() and not joined_before:
@@ -68,6 +74,18 @@ def joined_processes() -> Iterator[PartialState]:
             part()
         raise
     part()
+
+
+def _check_launch() -> None:
+    """`accelerate launch` starts one process where it uses no GPU, however many it is told, but then sets MASTER_ADDR;
+    its other way to start processes, and every other launcher, sets WORLD_SIZE too."""
+    launched = "ACCELERATE_DYNAMO_BACKEND" in os.environ and "MASTER_ADDR" in os.environ
+    if launched and "WORLD_SIZE" not in os.environ:
+        raise UsageError(
+            "accelerate launch was told to start several processes (it has set MASTER_ADDR) and has started one, as it "
+            "does without GPUs; start them with torchrun --nproc-per-node N -m hrm ..., or let it start one with "
+            "--num_processes 1, and MASTER_ADDR unset"
+        )
 
 
 def _are_joined() -> bool:

@@ -1,5 +1,6 @@
 """What every training run needs around its loop."""
 
+import contextlib
 import signal
 from types import SimpleNamespace
 
@@ -45,7 +46,7 @@ def group(monkeypatch):
 
     def join(**kwargs):
         seen.joined = True
-        return SimpleNamespace(destroy_process_group=part)
+        return SimpleNamespace(destroy_process_group=part, num_processes=2)
 
     def part():
         seen.joined, seen.parted = False, seen.parted + 1
@@ -79,6 +80,26 @@ def test_processes_that_the_caller_has_joined_stay_joined(group):
     with joined_processes():
         pass
     assert group.joined and group.parted == 0
+
+
+@pytest.mark.parametrize(
+    ("variables", "refused"),
+    [
+        ({"ACCELERATE_DYNAMO_BACKEND": "NO", "MASTER_ADDR": "127.0.0.1"}, True),  # --cpu --num_processes 2
+        ({"ACCELERATE_DYNAMO_BACKEND": "NO"}, False),  # --cpu --num_processes 1
+        ({"ACCELERATE_DYNAMO_BACKEND": "NO", "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "1"}, False),  # its other way
+        ({"MASTER_ADDR": "127.0.0.1"}, False),
+    ],
+)
+def test_one_process_where_several_were_asked_for_is_refused(monkeypatch, variables, refused):
+    monkeypatch.setattr("hrm.running.PartialState", lambda **_: SimpleNamespace(num_processes=1))
+    for name in ("ACCELERATE_DYNAMO_BACKEND", "MASTER_ADDR", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    expected = pytest.raises(UsageError, match="has started one") if refused else contextlib.nullcontext()
+    with expected, joined_processes():
+        pass
 
 
 # ---------------------------------------------------------------------------------------------------- memory
