@@ -97,7 +97,7 @@ def run(options: argparse.Namespace) -> None:
         gc.collect()  # the Trainer holds itself in cycles
         if cuda:
             measured = measure_memory(model, plan.step, lambda: make_optimizer(model, settings.train))
-            line |= {f"measured_{name}_gb": peak / 1e9 for name, peak in measured.items()}
+            line |= {f"measured_{name}_gb": peak / 1e9 for name, peak in measured.peaks.items()}
         print(json.dumps({k: round(v, 2) if isinstance(v, float) else v for k, v in line.items()}), flush=True)
 
 

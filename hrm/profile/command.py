@@ -29,6 +29,7 @@ from hrm.settings import (
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+    from hrm.profile.measure import Measurement
     from hrm.profile.plan import MemoryPlan, Step
 
 
@@ -106,7 +107,7 @@ def profile(settings: Any) -> None:
         plan = plan_training(settings, backbone, min(asked, allowed or asked))
     except ValueError as error:
         raise UsageError(f"hrm.backbone is {name!r}, and cannot be planned with: {error}") from error
-    measured = {}
+    measured = None
     if torch.cuda.is_available() and _has_weights(name):
         check_packages(settings)
         measured = _measured(name, settings, plan.step)
@@ -147,7 +148,7 @@ def _has_weights(name: str) -> bool:
     return not folder.is_dir() or any(folder.glob("*.safetensors"))
 
 
-def _measured(name: str, settings: Any, step: Step) -> dict[str, int]:
+def _measured(name: str, settings: Any, step: Step) -> Measurement:
     from hrm.profile.measure import measure_memory
     from hrm.train import load_model
     from hrm.trainer import make_optimizer

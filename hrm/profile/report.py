@@ -1,4 +1,4 @@
-"""The table of a plan: its parts, its peaks beside the measured ones, and what each saving would save."""
+"""The table of a plan: its parts and peaks beside the measured ones, and what each saving would save."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hrm.profile.advice import SAVINGS, in_gb
+from hrm.profile.measure import Measurement
 from hrm.profile.plan import MemoryPlan
 
 PARTS = {
@@ -25,20 +26,23 @@ PARTS = {
 }
 
 
-def print_plan(plan: MemoryPlan, measured: dict[str, int] | None = None) -> None:
-    """Prints the parts of `plan`, its peaks beside the measured ones, and what each saving would save."""
-    step, measured = plan.step, measured or {}
+def print_plan(plan: MemoryPlan, measured: Measurement | None = None) -> None:
+    """Prints the parts of `plan` and its peaks beside the measured ones, and what each saving would save."""
+    step, parts, peaks = plan.step, *((measured.parts, measured.peaks) if measured else ({}, {}))
     table = Table(title=f"{step.micro_batch} x {step.tokens} tokens, backbone {plan.skeleton.text.model_type}")
     for heading in ("part", "predicted GB", *["measured GB"] * bool(measured)):
         table.add_column(heading, justify="left" if heading == "part" else "right")
+
+    def row(words: str, predicted: int, seen: int | None) -> None:
+        table.add_row(words, in_gb(predicted), *([] if seen is None else [in_gb(seen)]))
+
     for part, words in PARTS.items():
-        if plan.parts[part]:
-            table.add_row(words, in_gb(plan.parts[part]))
+        if plan.parts[part] or parts.get(part):
+            row(words, plan.parts[part], parts.get(part))
     table.add_section()
     for peak, phase in (("loss", "forward"), ("backward", "backward"), ("step", "step")):
-        cells = [in_gb(measured[phase])] if phase in measured else []
-        table.add_row(f"peak: {peak}", in_gb(plan.peaks[peak]), *cells)
-    table.add_row("in the CPU's memory", in_gb(sum(plan.host.values())))
+        row(f"peak: {peak}", plan.peaks[peak], peaks.get(phase))
+    row("in the CPU's memory", sum(plan.host.values()), measured.host if measured else None)
     table.add_section()
     for saving in SAVINGS:
         other = saving.applied(plan)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -38,6 +41,64 @@ class SavedBytes:
 
     def __exit__(self, *error: object) -> None:
         self._hooks.__exit__(*error)
+
+
+class LiveBytes(TorchDispatchMode):
+    """While entered, counts the bytes of the CPU's tensors from when they are made to when they are freed, each storage
+    once; the counterpart of `CudaBytes`.
+
+    Args:
+        known: tensors that are there already, and are counted from the start.
+    """
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._seen: set[int] = set()
+        self._see(known)
+
+    def forget(self) -> None:
+        """`most` is the most from here on."""
+        self.most = self.now
+
+    def _see(self, tensors: Iterable[Tensor]) -> None:
+        for storage in (tensor.untyped_storage() for tensor in tensors):
+            if storage._cdata not in self._seen:
+                self._seen.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
+
+    def _freed(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.now -= size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        self._see(part for part in tree_leaves(output) if isinstance(part, Tensor))
+        return output
+
+
+class CudaBytes:
+    """The bytes that CUDA's allocator has given out: `now`, and at `most` since `forget`."""
+
+    @property
+    def now(self) -> int:
+        return torch.cuda.memory_allocated()
+
+    @property
+    def most(self) -> int:
+        return torch.cuda.max_memory_allocated()
+
+    def forget(self) -> None:
+        """`most` is the most from here on."""
+        torch.cuda.reset_peak_memory_stats()
+
+    def __enter__(self) -> CudaBytes:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
 
 
 def trace(model: HRMGemmaForCausalLM, batch: int, tokens: int, *, checkpointing: bool = False) -> tuple[int, int]:
