@@ -19,12 +19,19 @@ class Saving:
     cost: str
     field: str  # of `Step`
     better: Callable[[Step], Any]  # the step -> the field's value that takes less, or the same where there is none
+    worse: Callable[[Step], Any]  # the step -> the field's value without this saving, or the same where it is not on
     changes_training: bool = False  # which is then said with the setting
 
     def applied(self, plan: MemoryPlan) -> MemoryPlan:
         """The plan with this saving; the same object where it changes nothing."""
-        better = self.better(plan.step)
-        return plan if better == getattr(plan.step, self.field) else plan.changed(**{self.field: better})
+        return self._with(plan, self.better(plan.step))
+
+    def undone(self, plan: MemoryPlan) -> MemoryPlan:
+        """The plan without this saving; the same object where it is not on."""
+        return self._with(plan, self.worse(plan.step))
+
+    def _with(self, plan: MemoryPlan, value: Any) -> MemoryPlan:
+        return plan if value == getattr(plan.step, self.field) else plan.changed(**{self.field: value})
 
     def named(self, step: Step) -> str:
         """What a user sets to train as `step` says."""
@@ -36,25 +43,46 @@ def _on(_: Step) -> bool:
     return True
 
 
+def _off(_: Step) -> bool:
+    return False
+
+
+def _adamw(kind: str) -> Callable[[Step], str]:
+    """Plain AdamW where the optimizer is `kind`."""
+    return lambda step: "adamw" if step.optimizer == kind else step.optimizer
+
+
 SAVINGS = (  # the one that costs least first, the one that trains otherwise last
     Saving(
         "train.optimizer=adamw_8bit",
         "states in 8 bits",
         "optimizer",
         lambda step: "adamw_8bit" if step.optimizer == "adamw" else step.optimizer,
+        _adamw("adamw_8bit"),
     ),
-    Saving("hrm.offload_per_layer_embeddings=true", "each token's rows are copied", "per_layer_on_cpu", _on),
+    Saving("hrm.offload_per_layer_embeddings=true", "each token's rows are copied", "per_layer_on_cpu", _on, _off),
     Saving(
-        "train.micro_batch={micro_batch}", "less to do at a time", "micro_batch", lambda step: -(-step.micro_batch // 2)
+        "train.micro_batch={micro_batch}",
+        "less to do at a time",
+        "micro_batch",
+        lambda step: -(-step.micro_batch // 2),
+        lambda step: step.batch or step.micro_batch,
     ),
-    Saving("train.gradient_checkpointing=true", "a second forward pass", "gradient_checkpointing", _on),
-    Saving("hrm.quantize=nf4", "its weights are rounded", "four_bit", _on),
-    Saving("train.optimizer=paged_adamw_8bit", "states come from the host", "optimizer", lambda _: "paged_adamw_8bit"),
+    Saving("train.gradient_checkpointing=true", "a second forward pass", "gradient_checkpointing", _on, _off),
+    Saving("hrm.quantize=nf4", "its weights are rounded", "four_bit", _on, _off),
+    Saving(
+        "train.optimizer=paged_adamw_8bit",
+        "states come from the host",
+        "optimizer",
+        lambda _: "paged_adamw_8bit",
+        _adamw("paged_adamw_8bit"),
+    ),
     Saving(
         "train.update_every=segment",
         "changes the training: one optimizer step a segment",
         "segments",
         lambda step: 1 if step.by_segment else step.segments,
+        lambda step: None if step.by_segment else step.segments,
         changes_training=True,
     ),
 )

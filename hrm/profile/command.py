@@ -71,6 +71,7 @@ def plan_training(
     step = Step(
         tokens=tokens or settings.data.max_length,
         micro_batch=min(train.micro_batch or rows, rows),
+        batch=rows,
         segments=1 if train.update_every == "segment" else None,
         by_segment=segment_conflict(settings) is None,
         gradient_checkpointing=train.gradient_checkpointing,

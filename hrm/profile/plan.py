@@ -34,6 +34,8 @@ class Step:
     """Tokens in a row, padding included."""
     micro_batch: int = 1
     """Rows that go through the model together."""
+    batch: int | None = None
+    """Rows of a batch on one process; None: no more than those of a micro batch."""
     segments: int | None = None
     """M, segments of one forward pass; None: the core's own number (the most, under ACT)."""
     dtype: torch.dtype = torch.bfloat16
@@ -52,8 +54,10 @@ class Step:
     """Whether the training could take an optimizer step a segment, so that one is in memory at a time."""
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "micro_batch") if self.segments is None else ("tokens", "micro_batch", "segments"):
+        for name in ("tokens", "micro_batch", "batch", "segments"):
             value = getattr(self, name)
+            if value is None and name in ("batch", "segments"):
+                continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"Step: {name} is {value!r}; it should be a whole number, at least 1")
         if self.dtype not in (torch.bfloat16, torch.float32):

@@ -1,4 +1,4 @@
-"""The table of a plan: its parts and peaks beside the measured ones, and what each saving would save."""
+"""The table of a plan: its parts and peaks beside the measured ones, and what each saving saves or would save."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PARTS = {
 
 
 def print_plan(plan: MemoryPlan, measured: Measurement | None = None) -> None:
-    """Prints the parts of `plan` and its peaks beside the measured ones, and what each saving would save."""
+    """Prints the parts of `plan` and its peaks beside the measured ones, and what each saving saves or would save."""
     step, parts, peaks = plan.step, *((measured.parts, measured.peaks) if measured else ({}, {}))
     table = Table(title=f"{step.micro_batch} x {step.tokens} tokens, backbone {plan.skeleton.text.model_type}")
     for heading in ("part", "predicted GB", *["measured GB"] * bool(measured)):
@@ -44,6 +44,11 @@ def print_plan(plan: MemoryPlan, measured: Measurement | None = None) -> None:
         row(f"peak: {peak}", plan.peaks[peak], peaks.get(phase))
     row("in the CPU's memory", sum(plan.host.values()), measured.host if measured else None)
     table.add_section()
+    for saving in SAVINGS:
+        other = saving.undone(plan)
+        if other.peak > plan.peak:
+            setting = saving.setting.format(micro_batch=step.micro_batch)
+            table.add_row(f"{setting} (on)", f"-{in_gb(other.peak - plan.peak)}")
     for saving in SAVINGS:
         other = saving.applied(plan)
         if other.peak < plan.peak:

@@ -351,6 +351,25 @@ def test_each_saving_saves(big: MemoryPlan) -> None:
     assert everything.host["per_layer"] == big.parts["per_layer"] > 0
 
 
+def test_what_a_saving_that_is_on_saves(big: MemoryPlan) -> None:
+    for saving in SAVINGS:
+        assert saving.undone(big) is big, saving.setting
+    big = big.changed(batch=big.step.micro_batch)
+    for saving in SAVINGS:
+        on = saving.applied(big)
+        assert saving.undone(on).step == big.step, saving.setting
+        assert saving.undone(on).peak == big.peak > on.peak
+
+
+def test_the_table_says_what_is_on_and_what_it_saves(big: MemoryPlan, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = big.changed(gradient_checkpointing=True, batch=16)
+    print_plan(plan)
+    rows = [line.strip("│ ").split() for line in capsys.readouterr().out.splitlines() if "(on)" in line]
+    without, whole = (plan.changed(**f).peak for f in ({"gradient_checkpointing": False}, {"micro_batch": 16}))
+    assert [row[0] for row in rows] == ["train.micro_batch=4", "train.gradient_checkpointing=true"]
+    assert [row[-1] for row in rows] == [f"-{(peak - plan.peak) / 1e9:.2f}" for peak in (whole, without)]
+
+
 def test_what_fits_has_no_warning(big: MemoryPlan) -> None:
     assert check_fits(big, big.peak) is None
 
@@ -437,8 +456,8 @@ def test_settings_decide_what_is_planned() -> None:
         settings = load_settings(ProfileSettings, ["hrm.d_l=64", "hrm.d_h=64", *overrides])
         return plan_training(settings, backbone_config("qwen3"), **fields).step
 
-    assert planned() == Step(512, 8, by_segment=True)
-    assert planned("train.micro_batch=3", processes=2, tokens=32) == Step(32, 3, by_segment=True)
+    assert planned() == Step(512, 8, batch=8, by_segment=True)
+    assert planned("train.micro_batch=3", processes=2, tokens=32) == Step(32, 3, batch=4, by_segment=True)
     assert planned("train.micro_batch=8", processes=4).micro_batch == 2
     assert planned("train.update_every=segment", "hrm.segments=4").segments == 1
     assert planned("train.optimizer=adamw_8bit", "hrm.fused=false").fused is False
@@ -520,7 +539,7 @@ def test_a_config_without_a_models_fields_is_named() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("tokens", 0), ("micro_batch", True), ("segments", -1), ("dtype", torch.int8), ("optimizer", "x")],
+    [("tokens", 0), ("micro_batch", True), ("batch", 0), ("segments", -1), ("dtype", torch.int8), ("optimizer", "x")],
 )
 def test_a_wrong_field_of_a_step_is_named(field: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"Step: {field} is .*; it should be"):
