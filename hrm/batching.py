@@ -105,6 +105,15 @@ def _packed(rows: Sequence[Encoded]) -> dict[str, Tensor]:
     }
 
 
+def widest_part(lengths: Sequence[int], size: int, batch_size: int) -> int:
+    """The most tokens that `micro_batches` can pack into a part of `size` rows, given the lengths of all rows.
+
+    A batch may reach from one pass over the rows into the next, and so hold its longest rows more than once.
+    """
+    passes = 1 + -(-(batch_size - 1) // len(lengths))
+    return sum(sorted(sorted(lengths)[-size:] * passes)[-size:])
+
+
 def scored_tokens(rows: Sequence[Encoded]) -> int:
     """Tokens of `rows` that the loss is a mean over: the answers', but a row's first token, which nothing predicts."""
     return sum(len(row.answer) + len(row.beside) - (not row.prompt) for row in rows)

@@ -148,11 +148,11 @@ class Job:
         rows = encode(problems.train, template, tokenizer, settings.data.max_length, bad_row)
         problems = replace(problems, held_out=_usable(problems.held_out, template, tokenizer, settings))
         held_out = encode(problems.held_out, template, tokenizer, settings.data.max_length)
-        longest = max(len(row.tokens) for row in rows)
-        warn_of_memory(settings, backbone, longest, console)  # before the weights, which alone may not fit
+        lengths = [len(row.tokens) for row in rows]
+        warn_of_memory(settings, backbone, lengths, console)  # before the weights, which alone may not fit
         with console.status(f"Loading {backbone}"):
             model = load_model(backbone, settings)
-        check_length("a row of the training data", longest, model, "Lower data.max_length to find it.")
+        check_length("a row of the training data", max(lengths), model, "Lower data.max_length to find it.")
         longest = max(len(row.prompt) for row in held_out) + settings.eval.max_new_tokens
         check_length("a held-out problem with its answer", longest, model, "Lower eval.max_new_tokens.")
         return cls(settings, backbone, model, tokenizer, template, problems, rows)
@@ -207,12 +207,13 @@ def load_tokenizer(backbone: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def warn_of_memory(settings: Any, backbone: str, longest: int, console: Console) -> None:
-    """Says where a step with a row of `longest` tokens is predicted not to fit the GPU, and what would make it fit."""
+def warn_of_memory(settings: Any, backbone: str, lengths: Sequence[int], console: Console) -> None:
+    """Says where a step with the longest of rows of `lengths` tokens is predicted not to fit the GPU, and what would
+    make it fit."""
     if not torch.cuda.is_available():
         return
     try:
-        plan = plan_training(settings, load_config(backbone), longest, PartialState().num_processes)
+        plan = plan_training(settings, load_config(backbone), lengths, PartialState().num_processes)
     except ValueError:  # what is wrong with the backbone, if anything is, loading it says
         return
     if (warning := check_fits(plan, available_memory())) is not None:

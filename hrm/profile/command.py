@@ -6,6 +6,7 @@ What plans and measures is imported where it is used: the command line's start n
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,24 +55,27 @@ class ProfileSettings:
 
 
 def plan_training(
-    settings: Any, backbone: PreTrainedConfig, tokens: int | None = None, processes: int = 1
+    settings: Any, backbone: PreTrainedConfig, lengths: Sequence[int] | None = None, processes: int = 1
 ) -> MemoryPlan:
     """The plan of a training on CUDA with `settings`, which have the sections hrm, lora, data and train.
 
     Args:
         settings: as of `hrm train`.
         backbone: its config.
-        tokens: of the longest row; None: data.max_length.
+        lengths: tokens of each row that is trained on; None: all have data.max_length.
         processes: that share a batch.
     """
+    from hrm.batching import widest_part
     from hrm.profile.plan import Step, predict_memory
 
-    train = settings.train
+    train, lengths = settings.train, lengths or [settings.data.max_length]
     rows = train.batch_size // processes
+    micro_batch = min(train.micro_batch or rows, rows)
     step = Step(
-        tokens=tokens or settings.data.max_length,
-        micro_batch=min(train.micro_batch or rows, rows),
+        tokens=-(-widest_part(lengths, micro_batch, train.batch_size) // micro_batch) if train.pack else max(lengths),
+        micro_batch=micro_batch,
         batch=rows,
+        packed=train.pack,
         segments=1 if train.update_every == "segment" else None,
         by_segment=segment_conflict(settings) is None,
         gradient_checkpointing=train.gradient_checkpointing,
@@ -105,7 +109,7 @@ def profile(settings: Any) -> None:
     try:
         if settings.hrm.offload_per_layer_embeddings:
             check_per_layer_embeddings(backbone)
-        plan = plan_training(settings, backbone, min(asked, allowed or asked))
+        plan = plan_training(settings, backbone, [min(asked, allowed or asked)])
     except ValueError as error:
         raise UsageError(f"hrm.backbone is {name!r}, and cannot be planned with: {error}") from error
     measured = None

@@ -10,7 +10,7 @@ from hrm.loss import CHUNK_BYTES
 NF4_BLOCK = 64  # values that share one scale
 
 
-def core_activations(config: HRMConfig, rows: int, width: int, *, fused: bool) -> int:
+def core_activations(config: HRMConfig, rows: int, width: int, *, fused: bool, packed: bool = False) -> int:
     """Bytes that autograd saves of one segment of the core on `rows` tokens, in values of `width` bytes.
 
     For n = rows, C = grad_cycles, G = grad_l_steps: it grows with C G, and neither with N nor with T, whose other steps
@@ -20,6 +20,8 @@ def core_activations(config: HRMConfig, rows: int, width: int, *, fused: bool) -
         L, eager       G (state, g, u, silu, hidden, and y and its scales in float32), new state
         L, fused       state before the G steps, context, new state
         mixer          z_H, [q k v], rotated [q k], its output, logarithms
+        mixer, packed  z_H, rotated [q k], keys and values for every query head, the mask in values (n a token), its
+                       output, logarithms
         H, eager       a, p, silu, q, sigmoid, silu * q, and v and its scales in float32
         H, fused       a, p q r
 
@@ -31,6 +33,7 @@ def core_activations(config: HRMConfig, rows: int, width: int, *, fused: bool) -
         rows: tokens of a micro batch.
         width: of a value, 2 or 4.
         fused: whether the Triton kernels run.
+        packed: whether the tokens are one row of several documents.
     """
     d, d_l, d_h, size = config.hidden_size, config.d_l, config.d_h, config.head_size
     once = d * (4 + width) + 4
@@ -44,6 +47,9 @@ def core_activations(config: HRMConfig, rows: int, width: int, *, fused: bool) -
         head = d_h // config.attn_heads
         once += 2 * head * width
         heads = 2 * config.attn_heads + 3 * config.attn_kv_heads
+        if packed:  # [q k v] is not kept for v's sake
+            heads = 3 * config.attn_heads + config.attn_kv_heads
+            high += rows * width
         high += (2 * d_h + heads * head) * width + 4 * config.attn_heads
     act = d_h * width if config.act else 0
     whole = config.grad_l_steps == config.l_steps and config.l_reset == "carry"

@@ -106,7 +106,10 @@ def _tensors_of(state: Any) -> list[Tensor]:
 
 
 def _batch(model: HRMGemmaForCausalLM, step: Step) -> dict[str, Any]:
-    ids = torch.randint(text_vocabulary(model.config), (step.micro_batch, step.tokens), device=model.device)
+    ids = torch.randint(text_vocabulary(model.config), step.shape, device=model.device)
+    if step.packed:
+        positions = torch.arange(step.tokens, device=model.device).repeat(step.micro_batch)[None]
+        return {"input_ids": ids, "position_ids": positions, "labels": ids, "segments": step.segments}
     mask = torch.ones_like(ids)
     mask[0, -1] = step.micro_batch == 1  # rows of several lengths have a mask
     return {"input_ids": ids, "attention_mask": mask, "labels": ids, "segments": step.segments}

@@ -31,11 +31,13 @@ class Step:
     """
 
     tokens: int = 512
-    """Tokens in a row, padding included."""
+    """Tokens in a row, padding included; of packed rows the mean, rounded up."""
     micro_batch: int = 1
     """Rows that go through the model together."""
     batch: int | None = None
     """Rows of a batch on one process; None: no more than those of a micro batch."""
+    packed: bool = False
+    """The rows of a micro batch stand behind each other in one, without padding."""
     segments: int | None = None
     """M, segments of one forward pass; None: the core's own number (the most, under ACT)."""
     dtype: torch.dtype = torch.bfloat16
@@ -69,6 +71,11 @@ class Step:
     def rows(self) -> int:
         """n, tokens that go through the model together."""
         return self.tokens * self.micro_batch
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows that the model sees, and tokens in each."""
+        return (1, self.rows) if self.packed else (self.micro_batch, self.tokens)
 
 
 @dataclass
@@ -124,9 +131,8 @@ def plan_of(skeleton: Skeleton, step: Step) -> MemoryPlan:
     width, core = step.dtype.itemsize, skeleton.core
     segments = step.segments or (core.max_segments if core.act else core.segments)
     between = between_segments(core, step.rows, segments, skeleton.core_bytes, width)
-    backbone, layer = skeleton.backbone_activations(
-        step.dtype, step.micro_batch, step.tokens, step.gradient_checkpointing
-    )
+    packed = step.packed and step.micro_batch > 1  # one document needs no mask
+    backbone, layer = skeleton.backbone_activations(step.dtype, *step.shape, step.gradient_checkpointing, packed)
     states, paged = skeleton.optimizer(step.optimizer)
     per_layer = skeleton.per_layer(width)
     trained = 4 * skeleton.trained
@@ -140,7 +146,7 @@ def plan_of(skeleton: Skeleton, step: Step) -> MemoryPlan:
         "carry": 4 * step.rows * (core.d_l + core.d_h),
         "copies": 0 if width == 4 else (skeleton.core_bytes + skeleton.adapters) * width // 4,
         "backbone_activations": backbone,
-        "core_activations": between + core_activations(core, step.rows, width, fused=step.fused),
+        "core_activations": between + core_activations(core, step.rows, width, fused=step.fused, packed=packed),
         "loss": loss_bytes(skeleton.text, core, step.rows, width),
         "layer": layer + skeleton.largest_dequantised(width, step.four_bit),
         "update": trained if step.optimizer == "adamw" else 0,  # torch's foreach takes the root of all moments at once

@@ -29,7 +29,8 @@ PARTS = {
 def print_plan(plan: MemoryPlan, measured: Measurement | None = None) -> None:
     """Prints the parts of `plan` and its peaks beside the measured ones, and what each saving saves or would save."""
     step, parts, peaks = plan.step, *((measured.parts, measured.peaks) if measured else ({}, {}))
-    table = Table(title=f"{step.micro_batch} x {step.tokens} tokens, backbone {plan.skeleton.text.model_type}")
+    packed = ", packed" * step.packed
+    table = Table(title=f"{step.micro_batch} x {step.tokens} tokens{packed}, backbone {plan.skeleton.text.model_type}")
     for heading in ("part", "predicted GB", *["measured GB"] * bool(measured)):
         table.add_column(heading, justify="left" if heading == "part" else "right")
 

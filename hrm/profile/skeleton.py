@@ -16,7 +16,7 @@ from hrm.config import HRMConfig
 from hrm.loading import KEPT_WHOLE
 from hrm.modeling import HRMGemmaConfig, HRMGemmaForCausalLM
 from hrm.profile.formulas import nf4_bytes
-from hrm.profile.tracing import ATTENTION, trace
+from hrm.profile.tracing import ATTENTION, PACKED, trace
 
 ADAM8_BLOCK = 256  # values that share one float32 scale
 ADAM8_LEAST, PAGED_LEAST = 4096, 100_000  # smaller tensors keep float32 states; smaller ones are not paged
@@ -38,25 +38,26 @@ class Skeleton:
     """
 
     def __init__(self, backbone: PreTrainedConfig, hrm: HRMConfig, lora: bool | dict[str, Any] | None) -> None:
-        self._backbone = copy.deepcopy(backbone)
-        self._backbone._attn_implementation = ATTENTION
+        self._backbone = backbone
         self._hrm, self._lora = hrm, lora
-        self.model = self._made()
+        self.model = self._made(ATTENTION)
         self.core, self.text = self.model.hrm.config, self.model.config.get_text_config()
         groups = self.model.trainable_parameters()
         self._trained = [p.numel() for group in groups.values() for p in group]
         self.trained = sum(self._trained)
         self.adapters = 4 * sum(p.numel() for name, group in groups.items() if name != "core" for p in group)
         self.core_bytes = sum(t.nbytes for t in (*self.model.hrm.parameters(), *self.model.hrm.buffers()))
-        self._activations: dict[tuple[torch.dtype, int, int, bool], tuple[int, int]] = {}
+        self._activations: dict[tuple[torch.dtype, int, int, bool, bool], tuple[int, int]] = {}
 
-    def _made(self) -> HRMGemmaForCausalLM:
+    def _made(self, attention: str) -> HRMGemmaForCausalLM:
+        backbone = copy.deepcopy(self._backbone)
+        backbone._attn_implementation = attention
         try:
             with init_empty_weights(include_buffers=True):
-                return HRMGemmaForCausalLM(HRMGemmaConfig(backbone=self._backbone, hrm=self._hrm, lora=self._lora))
+                return HRMGemmaForCausalLM(HRMGemmaConfig(backbone=backbone, hrm=self._hrm, lora=self._lora))
         except (AttributeError, KeyError, TypeError, ImportError, RuntimeError, ValueError) as error:
             raise ValueError(
-                f"backbone is a config of model_type {self._backbone.model_type!r}, of which no causal language model "
+                f"backbone is a config of model_type {backbone.model_type!r}, of which no causal language model "
                 f"can be made: {error}"
             ) from error
 
@@ -108,13 +109,18 @@ class Skeleton:
             device += states * (not paged) + (8 * -(-size // ADAM8_BLOCK) if eight else 0)
         return device, host
 
-    def backbone_activations(self, dtype: torch.dtype, batch: int, tokens: int, checkpointing: bool) -> tuple[int, int]:
+    def backbone_activations(
+        self, dtype: torch.dtype, batch: int, tokens: int, checkpointing: bool, packed: bool
+    ) -> tuple[int, int]:
         """Bytes that autograd keeps of the backbone, and that the backward pass of one layer takes beside them."""
-        key = (dtype, batch, tokens, checkpointing)
+        key = (dtype, batch, tokens, checkpointing, packed)
         if key not in self._activations:
-            kept, layer = trace(self._traced(dtype), batch, tokens)
-            passed, _ = trace(self._traced(dtype), batch, tokens, checkpointing=True)
+            attention = PACKED if packed else ATTENTION
+            kept, layer = trace(self._traced(dtype, attention), batch, tokens)
+            passed, _ = trace(self._traced(dtype, attention), batch, tokens, checkpointing=True)
             kept = passed if checkpointing else kept
+            if packed and checkpointing:  # a mask for each kind of layer, kept for its second forward pass
+                kept += tokens * tokens * len(set(getattr(self.text, "layer_types", None) or [""]))
             if dtype != torch.float32 and self.text.model_type in WIDENED:
                 kept += passed * (4 - dtype.itemsize) // dtype.itemsize
             widest = max(m.out_features for m in self.model.get_decoder().modules() if type(m) is nn.Linear)
@@ -122,9 +128,9 @@ class Skeleton:
             self._activations[key] = kept, working + (layer if checkpointing else 0)
         return self._activations[key]
 
-    def _traced(self, dtype: torch.dtype) -> HRMGemmaForCausalLM:
+    def _traced(self, dtype: torch.dtype, attention: str) -> HRMGemmaForCausalLM:
         """A model of the same kind in one precision; what autocast copies, it copies."""
-        model = self._made().train().to(dtype=dtype)  # type: ignore[call-arg]  # as transformers types it
+        model = self._made(attention).train().to(dtype=dtype)  # type: ignore[call-arg]  # as transformers types it
         if dtype != torch.float32:
             for name, module in model.backbone.named_modules():
                 if ".lora_A." in name:

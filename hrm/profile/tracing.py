@@ -164,6 +164,12 @@ def _planned_mask(q_length: int | Tensor, local_size: int | None = None, **_: An
     return torch.empty(1, 1, tokens, tokens, dtype=torch.bool, device="meta")
 
 
-ATTENTION = "hrm_memory_plan"
-AttentionInterface.register(ATTENTION, _planned_attention)
-AttentionMaskInterface.register(ATTENTION, _planned_mask)
+def _packed_mask(q_length: int | Tensor, **_: Any) -> Tensor:
+    """The mask that keeps documents apart."""
+    return torch.empty(1, 1, int(q_length), int(q_length), dtype=torch.bool, device="meta")
+
+
+ATTENTION, PACKED = "hrm_memory_plan", "hrm_memory_plan_packed"
+for _name, _mask in ((ATTENTION, _planned_mask), (PACKED, _packed_mask)):
+    AttentionInterface.register(_name, _planned_attention)
+    AttentionMaskInterface.register(_name, _mask)

@@ -11,6 +11,7 @@ from small_models import ACT, VOCABULARY
 from torch import Tensor
 
 from hrm import HRMGemmaForCausalLM
+from hrm.batching import BatchPlan, widest_part
 from hrm.loss import IGNORED
 
 Make = Callable[..., HRMGemmaForCausalLM]
@@ -106,3 +107,17 @@ def test_weights_of_segments(make_model: Make, ids: Tensor) -> None:
     model = make_model(segments=3, segment_weights=[1.0, 0.0, 3.0])
     out = model(ids, labels=ids)
     torch.testing.assert_close(out.loss.detach(), (out.segment_losses * torch.tensor([0.25, 0.0, 0.75])).sum())
+
+
+@pytest.mark.parametrize(("count", "size", "batch_size"), [(5, 2, 4), (3, 4, 4), (4, 2, 2), (1, 3, 3), (2, 3, 7)])
+def test_no_part_is_wider_than_the_widest(count: int, size: int, batch_size: int) -> None:
+    lengths = [3 ** (count - n) for n in range(count)]
+    widths = {
+        sum(lengths[place.row] for place in places[start : start + size])
+        for seed in range(20)
+        for places in BatchPlan(lengths, batch_size=batch_size, steps=20, seed=seed)
+        for start in range(0, batch_size, size)
+    }
+    widest = widest_part(lengths, size, batch_size)
+    assert max(widths) <= widest
+    assert max(widths) == widest or count % batch_size == 0  # then no batch reaches into the next pass

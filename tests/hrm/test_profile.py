@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Gemma3nTextConfig, PreTrainedConfig
 
 from hrm import HRMConfig, HRMCore, HRMGemmaForCausalLM
+from hrm.batching import BatchPlan, micro_batches
+from hrm.data import Encoded
 from hrm.loading import KEPT_WHOLE
 from hrm.profile.advice import SAVINGS, check_fits
 from hrm.profile.command import ProfileSettings, plan_training, profile
@@ -143,12 +146,12 @@ def test_live_bytes_are_those_not_yet_freed() -> None:
         assert live.now == 20
 
 
-def counted(tokens: int = 64, **hrm: Any) -> tuple[int, HRMConfig]:
+def counted(tokens: int = 64, documents: int = 1, **hrm: Any) -> tuple[int, HRMConfig]:
     config = HRMConfig(hidden_size=64, **{**CORE, "h_cycles": 3, "l_steps": 3, "fused": False, **hrm})
     core = HRMCore(config).train()
     hidden = torch.randn(1, tokens, 64, requires_grad=True)
     with SavedBytes((*core.parameters(), *core.buffers(), hidden)) as saved:
-        output = core(hidden)
+        output = core(hidden, position_ids=torch.arange(tokens // documents).repeat(documents)[None])
     assert len(output.segments) == config.segments
     return saved.bytes + hidden.nbytes, config  # the hidden states are the backbone's only in float32
 
@@ -161,6 +164,15 @@ REACHES = [(1, 1), (1, 2), (1, 3), (2, 3)]  # grad_cycles and grad_l_steps, of 3
 def test_the_cores_activations_are_as_counted(reach: tuple[int, int], mixer: str) -> None:
     saved, config = counted(grad_cycles=reach[0], grad_l_steps=reach[1], h_mixer=mixer)
     assert core_activations(config, 64, 4, fused=False) == pytest.approx(saved, rel=0.02)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_packed_rows_activations_are_as_counted(fused: bool) -> None:
+    if fused and torch.cuda.is_available():
+        pytest.skip("Triton's interpreter runs on machines without CUDA")
+    saved, config = counted(64, 4, grad_cycles=2, attn_kv_heads=1, fused=fused)
+    assert core_activations(config, 64, 4, fused=fused, packed=True) == pytest.approx(saved, rel=0.02)
+    assert core_activations(config, 64, 4, fused=fused) != pytest.approx(saved, rel=0.02)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter runs on machines without CUDA")
@@ -197,8 +209,12 @@ def saved_by(model: HRMGemmaForCausalLM, step: Step) -> dict[str, int]:
     ids = torch.randint(256, (step.micro_batch, step.tokens))
     mask = torch.ones_like(ids)
     mask[0, -1] = step.micro_batch == 1
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": ids}
+    if step.packed:
+        rows = [Encoded(row[:1], row[1:]) for row in ids.tolist()]
+        (batch,) = micro_batches(rows, step.micro_batch, 0, pack=True)
     with saved:
-        model(input_ids=ids, attention_mask=mask, labels=ids)
+        model(**batch)
     backbone, core = marks
     return {"backbone_activations": backbone, "core_activations": core - backbone, "loss": saved.bytes - core}
 
@@ -216,6 +232,30 @@ def test_activations_of_the_whole_model_are_as_counted(
     assert parts["backbone_activations"] == pytest.approx(found["backbone_activations"], rel=0.05)
     assert parts["core_activations"] == pytest.approx(found["core_activations"], rel=0.02)
     assert found["loss"] < parts["loss"]  # which is a peak: logits are there before they are thrown away
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_packed_rows_of_the_whole_model_are_as_counted(kind: str, checkpointing: bool, make_model: Make) -> None:
+    step = Step(12, 5, packed=True, dtype=torch.float32, gradient_checkpointing=checkpointing, fused=False)
+    model = make_model(kind, trained=False).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    found, plan = saved_by(model, step), plan_for(kind, step)
+    backbone = plan.parts["backbone_activations"]
+    if checkpointing:  # masks, which the layers are called with again, autograd knows nothing of
+        backbone -= 60 * 60 * (1 if kind == "qwen3" else 2)
+    assert backbone == pytest.approx(found["backbone_activations"], rel=0.05)
+    assert plan.parts["core_activations"] == pytest.approx(found["core_activations"], rel=0.02)
+    assert plan.peaks["loss"] > plan.changed(packed=False).peaks["loss"]  # the mask grows with the square of all tokens
+    one = plan.changed(micro_batch=1)
+    assert one.parts == one.changed(packed=False).parts  # one document needs none
+
+
+def test_a_packed_step_is_measured_packed(make_model: Make) -> None:
+    step = Step(12, 5, packed=True, dtype=torch.float32, fused=False)
+    found, plan = measured(make_model("qwen3", trained=False).train(), step), plan_for("qwen3", step)
+    for part in ("backbone_activations", "core_activations"):
+        assert plan.parts[part] == pytest.approx(found.parts[part], rel=0.01), part
 
 
 def test_what_autocast_copies_is_counted(make_model: Make, kind: str) -> None:
@@ -305,7 +345,7 @@ def test_what_hrm_profile_measures(tmp_path: Path) -> None:
     """Which it does on machines with a GPU; of bfloat16 here, where a training has float32."""
     AutoModelForCausalLM.from_config(backbone_config("qwen3")).save_pretrained(tmp_path)
     settings = load_settings(ProfileSettings, ["hrm.d_l=64", "hrm.d_h=64", "train.gradient_checkpointing=true"])
-    plan = plan_training(settings, backbone_config("qwen3"), 32)
+    plan = plan_training(settings, backbone_config("qwen3"), [32])
     found = profiled(str(tmp_path), settings, plan.step)
     assert found.parts.keys() == plan.parts.keys()
     assert found.parts["core"] == plan.parts["core"]
@@ -423,7 +463,7 @@ def test_a_step_a_segment_is_offered_where_it_can_be(
 ) -> None:
     backbone_config("qwen3").save_pretrained(tmp_path)
     shown(f"hrm.backbone={tmp_path}", "hrm.segments=4", "hrm.d_h=512", "train.batch_size=64", *override.split())
-    assert ("train.update_every=segment" in capsys.readouterr().out) is possible
+    assert ("train.update_every=segment: " in capsys.readouterr().out) is possible
 
 
 def test_micro_batches_are_halved_as_often_as_needed(big: MemoryPlan) -> None:
@@ -457,12 +497,33 @@ def test_settings_decide_what_is_planned() -> None:
         return plan_training(settings, backbone_config("qwen3"), **fields).step
 
     assert planned() == Step(512, 8, batch=8, by_segment=True)
-    assert planned("train.micro_batch=3", processes=2, tokens=32) == Step(32, 3, batch=4, by_segment=True)
+    assert planned("train.micro_batch=3", processes=2, lengths=[8, 32]) == Step(32, 3, batch=4, by_segment=True)
     assert planned("train.micro_batch=8", processes=4).micro_batch == 2
     assert planned("train.update_every=segment", "hrm.segments=4").segments == 1
     assert planned("train.optimizer=adamw_8bit", "hrm.fused=false").fused is False
     assert planned("hrm.quantize=nf4").four_bit
+    packed = planned("train.pack=true", "train.micro_batch=4")
+    assert packed == Step(512, 4, batch=8, packed=True) and packed.shape == (1, 2048)
     assert planned("hrm.offload_per_layer_embeddings=true").per_layer_on_cpu
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_packed_part_is_planned_as_wide_as_it_gets(processes: int) -> None:
+    draw = random.Random(0)
+    lengths = [draw.randint(2, 40) for _ in range(21)]
+    rows = [Encoded([1], [2] * (length - 1)) for length in lengths]
+    settings = load_settings(
+        ProfileSettings, ["hrm.d_l=64", "hrm.d_h=64", "train.pack=true", "train.batch_size=6", "train.micro_batch=3"]
+    )
+    step = plan_training(settings, backbone_config("qwen3"), lengths, processes).step
+    widths = [
+        part["input_ids"].shape[1]
+        for rank in range(processes)
+        for places in BatchPlan(lengths, batch_size=6, steps=400, seed=0, rank=rank, world=processes)
+        for part in micro_batches([rows[place.row] for place in places], 3, 0, pack=True)
+    ]
+    assert max(widths) <= step.rows
+    assert processes > 1 or max(widths) > 0.95 * step.rows
 
 
 def test_what_cannot_be_planned_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

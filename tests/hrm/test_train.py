@@ -293,7 +293,7 @@ def test_a_backbone_that_cannot_be_planned_is_left_to_loading(settings, backbone
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr("hrm.train.available_memory", lambda: 0)  # any plan would be warned of
     monkeypatch.setattr(console, "print", said.append)
-    warn_of_memory(load_training_settings(settings()), str(tmp_path), 8, console)
+    warn_of_memory(load_training_settings(settings()), str(tmp_path), [8], console)
     assert said == []
 
 
