@@ -22,6 +22,12 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainings draw none: half the time of a short one. test_plot.py and test_quickstart.py look at them."""
+    monkeypatch.setattr("hrm.report.plot_run", lambda *_: None)
+
+
 @pytest.fixture(params=sorted(BACKBONES))
 def kind(request: pytest.FixtureRequest) -> str:
     """Each of the three backbones in turn."""

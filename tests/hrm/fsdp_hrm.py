@@ -1,4 +1,4 @@
-"""Started by torchrun in test_distributed.py: the command line under accelerate's FSDP2, which on a CPU is DDP to
+"""Run by test_distributed.py in two processes: the command line under accelerate's FSDP2, which on a CPU is DDP to
 accelerate unless it is told otherwise, as here.
 
 With "bf16" in front in the precision of a GPU's training, with "bf16-whole" in that under DDP.

@@ -1,4 +1,4 @@
-"""Started by torchrun in test_distributed.py: a model that FSDP2 has cut up is saved, generates, and takes one step,
+"""Run by test_distributed.py in two processes: a model that FSDP2 has cut up is saved, generates, and takes one step,
 whose checkpoint is read again."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Started by torchrun in test_distributed.py: the command line on a disk that fills up once a checkpoint is written.
+"""Run by test_distributed.py in two processes: the command line on a disk that fills up once a checkpoint is written.
 
     full_disk.py FOLDER WHERE WORD...
 

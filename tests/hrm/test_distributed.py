@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import select
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -24,6 +29,7 @@ from hrm.sharding import check_sharding
 from hrm.training_state import check_training
 
 TESTS = Path(__file__).parent
+PROCESSES = 2
 
 
 @pytest.fixture(scope="module")
@@ -36,26 +42,80 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def train(place: Path, name: str, processes: int, *words: str, program: tuple[str, ...] = ("-m", "hrm")) -> Path:
-    """Runs `hrm train` with so many processes; returns the run folder."""
+def train(
+    place: Path, name: str, processes: int, *words: str, program: tuple[str, ...] = ("-m", "hrm"),
+    start: Callable[..., None] | None = None,
+) -> Path:  # fmt: skip
+    """Runs `hrm train` with so many processes, started by `start` (`launch`); returns the run folder."""
     own = [f"hrm.backbone={place / 'backbone'}", *TINY_CORE, f"data.path={place / 'rows.jsonl'}", "data.held_out=1"]
     own += ["train.batch_size=4", "train.save_every=2", "eval.max_new_tokens=1"]
     own += ["train.core_lr=0.01", "train.adapter_lr=0.01", f"run.folder={place / name}"]
     words = words if words[0].startswith("run.resume") else (*own, *words)
-    launch(*program, "train", *words, processes=processes, cwd=place)
+    (start or launch)(*program, "train", *words, processes=processes, cwd=place)
     (folder,) = (place / name).iterdir()
     return folder
 
 
-def launch(*command: str, processes: int, cwd: Path | None = None) -> None:
+def environment() -> dict[str, str]:
+    paths = TESTS.parents[1], TESTS, TESTS.parent  # the package before the folder of its tests, which is named alike
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, paths))}
+
+
+def free_port() -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    paths = TESTS.parents[1], TESTS, TESTS.parent  # the package before the folder of its tests, which is named alike
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, paths))}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--master-addr", "127.0.0.1", "--master-port", str(port)]
-    words = [*torchrun, "--nproc-per-node", str(processes), *command]
-    done = subprocess.run(words, env=environment, cwd=cwd, capture_output=True, text=True, timeout=240)
+        return str(free.getsockname()[1])
+
+
+@functools.cache
+def server_of(rank: int) -> subprocess.Popen:
+    """What the processes of this rank are forked off."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    command = [sys.executable, str(TESTS / "forked.py")]
+    return subprocess.Popen(command, env=environment(), text=True, start_new_session=True, **pipes)  # type: ignore
+
+
+def close_servers() -> None:
+    for rank in range(PROCESSES):
+        server = server_of(rank)
+        os.killpg(server.pid, signal.SIGKILL)  # and what it has forked
+        server.wait()
+    server_of.cache_clear()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def servers() -> Iterator[None]:
+    yield
+    close_servers()
+
+
+def launch(*command: str, processes: int, cwd: Path | None = None) -> None:
+    """Runs `command` in so many processes, with what torchrun sets in their environments."""
+    port, streams, statuses = free_port(), [], list[str]()
+    with tempfile.TemporaryDirectory() as said:
+        for rank in range(processes):
+            own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+            own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            job = {"command": command, "environment": {name: str(value) for name, value in own.items()}}
+            job |= {"folder": str(cwd or TESTS), "said": f"{said}/{rank}"}
+            server = server_of(rank)
+            print(json.dumps(job), file=server.stdin, flush=True)
+            streams.append(server.stdout)
+        while streams and set(statuses) <= {"0\n"}:
+            ready = select.select(streams, [], [], 240)[0]
+            statuses += [stream.readline() for stream in ready] or ["none within 240 seconds"]
+            streams = [stream for stream in streams if stream not in ready]
+        if set(statuses) != {"0\n"}:
+            close_servers()  # the others wait for the one that failed
+            told = [path.read_text()[-3000:] for path in sorted(Path(said).iterdir())]
+            raise AssertionError("\n".join((str(statuses), *told)))
+
+
+def torchrun(*command: str, processes: int, cwd: Path | None = None) -> None:
+    """As `launch`, with torchrun itself, whose processes import everything first."""
+    words = [sys.executable, "-m", "torch.distributed.run", "--master-addr", "127.0.0.1", "--master-port", free_port()]
+    words += ["--nproc-per-node", str(processes), *command]
+    done = subprocess.run(words, env=environment(), cwd=cwd, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
@@ -82,7 +142,7 @@ def test_two_processes_train_as_one(place: Path, words: tuple[str, ...], request
 
 def test_gradients_are_summed_once_a_step_whatever_the_segments(place: Path) -> None:
     words = ["hrm.act=true", "hrm.max_segments=4", "hrm.min_segments=1", "hrm.exploration=0.5", "train.steps=8"]
-    train(place, "sums", 2, *words, program=(str(TESTS / "count_sums.py"),))
+    train(place, "sums", 2, *words, program=(str(TESTS / "count_sums.py"),), start=torchrun)
     counted = [json.loads((place / f"sums-{rank}.json").read_text()) for rank in (0, 1)]
     assert [step["sums"] for steps_of_one in counted for step in steps_of_one] == [1] * 16
     assert any(a["segments"] != b["segments"] for a, b in zip(*counted, strict=True))

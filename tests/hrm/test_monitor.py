@@ -281,6 +281,7 @@ def test_a_training_is_told_of_integrations_that_are_missing_before_it_loads_any
     assert message.startswith("train.report_to has 'wandbee'; it should be a list of ") and "wandb" in message
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_tensorboard_gets_what_metrics_jsonl_has(tmp_path):
     pytest.importorskip("tensorboard", reason="needs the package tensorboard, which is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -141,6 +141,7 @@ def test_the_quickstart_has_no_preset(capsys):
     assert "unknown key 'preset'" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_a_run_keeps_what_came_out_and_goes_on_without_the_preset(tmp_path):
     rows = "".join(json.dumps({"prompt": f"{n}?", "answer": "yes"}) + "\n" for n in range(20))
     sections = {"data": {"path": str(write(tmp_path / "rows.jsonl", rows))}, "eval": {"max_new_tokens": 1}}

@@ -27,6 +27,7 @@ from hrm.settings import UsageError, load_training_settings
 from hrm.train import Job, fine_tune, load_tokenizer, warn_of_memory
 from hrm.trainer import lr_factor, make_optimizer
 
+pytestmark = pytest.mark.usefixtures("no_plots")
 QUIET = Console(quiet=True)
 
 

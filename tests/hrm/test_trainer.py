@@ -36,18 +36,13 @@ from hrm.train import fine_tune, load_model, load_tokenizer
 from hrm.trainer import HRMTrainer, Measurements, lr_factor, make_optimizer
 from hrm.training_state import check_training
 
+pytestmark = pytest.mark.usefixtures("no_plots")
 Load = Callable[..., list[str]]
 QUIET = Console(quiet=True)
 needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="needs the package bitsandbytes, which is not installed"
 )
 ACT = ["hrm.act=true", "hrm.max_segments=3", "hrm.exploration=0.5"]
-
-
-@pytest.fixture(autouse=True)
-def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They take half the time of so short a training; tests/hrm/test_plot.py and test_quickstart.py look at them."""
-    monkeypatch.setattr("hrm.report.plot_run", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
