@@ -78,9 +78,14 @@ class _FrozenHeadLoss(torch.autograd.Function):
         losses = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
         correct = torch.empty(targets.shape, dtype=torch.bool, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        kind = hidden.device.type
+        # autocast's cache would keep every chunk's inputs, which are leaves here, and their copy until autocast ends
+        uncached = torch.autocast(
+            kind, torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind), cache_enabled=False
+        )
         for start in range(0, len(targets), rows):
             part = slice(start, start + rows)
-            with torch.set_grad_enabled(gradient is not None):
+            with torch.set_grad_enabled(gradient is not None), uncached:
                 inputs = hidden[part].detach().requires_grad_(gradient is not None)
                 loss, correct[part] = _score(inputs, targets[part], head)
             losses[part] = loss.detach()

@@ -1,5 +1,7 @@
 """The chunked cross entropy, the targets and the Q head's loss."""
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -145,3 +147,15 @@ def test_q_loss_of_one_segment_trains_halting_alone():
     q_loss(values, every, every, ~every).sum().backward()
     assert (values.grad[..., 0] < 0).all()
     assert (values.grad[..., 1] == 0).all()
+
+
+def test_a_frozen_head_leaves_nothing_in_autocasts_cache():
+    weight, seen = torch.randn(50, 8), []
+
+    def head(hidden):
+        seen.append(weakref.ref(hidden))
+        return hidden @ weight.T
+
+    with torch.autocast("cpu", torch.bfloat16):
+        linear_cross_entropy(torch.randn(6, 8, requires_grad=True), torch.arange(6), head, 50, frozen=True)
+        assert [hidden() for hidden in seen] == [None]
