@@ -7,6 +7,7 @@ its environment, its working folder and the file that it speaks into. Its exit s
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import runpy
@@ -48,4 +49,5 @@ def serve() -> None:
 
 if __name__ == "__main__":
     hrm.report.plot_run = lambda *_: None  # as `no_plots` in conftest.py
+    gc.freeze()  # as tests/conftest.py
     serve()

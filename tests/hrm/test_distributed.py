@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import select
@@ -29,7 +28,7 @@ from hrm.sharding import check_sharding
 from hrm.training_state import check_training
 
 TESTS = Path(__file__).parent
-PROCESSES = 2
+SERVERS: dict[int, subprocess.Popen] = {}
 
 
 @pytest.fixture(scope="module")
@@ -67,20 +66,21 @@ def free_port() -> str:
         return str(free.getsockname()[1])
 
 
-@functools.cache
 def server_of(rank: int) -> subprocess.Popen:
     """What the processes of this rank are forked off."""
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    command = [sys.executable, str(TESTS / "forked.py")]
-    return subprocess.Popen(command, env=environment(), text=True, start_new_session=True, **pipes)  # type: ignore
+    if rank not in SERVERS:
+        command, pipe = [sys.executable, str(TESTS / "forked.py")], subprocess.PIPE
+        SERVERS[rank] = subprocess.Popen(
+            command, env=environment(), text=True, start_new_session=True, stdin=pipe, stdout=pipe
+        )
+    return SERVERS[rank]
 
 
 def close_servers() -> None:
-    for rank in range(PROCESSES):
-        server = server_of(rank)
+    while SERVERS:
+        _, server = SERVERS.popitem()
         os.killpg(server.pid, signal.SIGKILL)  # and what it has forked
-        server.wait()
-    server_of.cache_clear()
+        server.communicate()
 
 
 @pytest.fixture(scope="module", autouse=True)
