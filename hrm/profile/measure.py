@@ -171,14 +171,17 @@ class _Marks:
         self._adapters = self._copied(adapters, dtype)
         self.parts["copies"] = self._adapters + self._copied([*model.hrm.parameters(), *model.hrm.buffers()], dtype)
         self._highest = 0  # of the phase, up to where the counter last forgot
-        self._hidden = self._scoring = self._core_done = 0
+        self._hidden = self._core_done = 0
+        self._scoring: int | None = None  # what there was when the loss began, while it is computed
         live.forget()
         self._start = live.now
 
     def _copied(self, tensors: list[Tensor], dtype: torch.dtype) -> int:
         before = self._live.now
         copies = [tensor.detach().to(dtype) for tensor in tensors]
-        return self._live.now - before if copies else 0
+        size = self._live.now - before
+        del copies
+        return size
 
     def before_core(self, core: nn.Module, inputs: tuple[Tensor], settings: dict[str, Any]) -> tuple[Any, Any]:
         """The core's forward pre-hook."""
@@ -213,8 +216,10 @@ class _Marks:
         self._scoring = self._start + others + kept
 
     def scored(self) -> None:
-        """The loss of what was last begun ends."""
-        self.parts["loss"] = max(self._live.most - self._scoring, self.parts["loss"])
+        """The loss of what was last begun ends, if it has not yet."""
+        if self._scoring is not None:
+            self.parts["loss"] = max(self._live.most - self._scoring, self.parts["loss"])
+            self._scoring = None
 
     def _before_backbone(self, _: Tensor) -> None:
         self._forget()
