@@ -30,6 +30,10 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or Triton's bindings call everything leaked at exit
+
+
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     """Every test draws the same numbers, whichever tests ran before it."""
