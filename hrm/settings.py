@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import functools
 import importlib.util
 import inspect
 import math
@@ -397,6 +398,7 @@ _DOCS = {  # of the fields that sections add to another class's
 }
 
 
+@functools.cache
 def _docs_of(schema: type) -> dict[str, str]:
     """The string under each field of a dataclass, also for sections made of another class's fields."""
     docs = dict(_DOCS)

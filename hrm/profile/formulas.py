@@ -61,7 +61,8 @@ def between_segments(config: HRMConfig, rows: int, segments: int, weights: int, 
     """Bytes of what outlives a segment where there are several (`hrm.segment_gradients`); 0 for one.
 
     What gradients add up in: those of the backbone's output, of x W_x + b_c and of the core's weights, twice, since one
-    segment's are there beside the sum. Where segments may halt, also the two states that each starts again from.
+    segment's are there beside the sum; and two states, those that the segment before ended in, or where segments may
+    halt, those that each of them starts again from.
 
     Args:
         config: of the core.
@@ -73,8 +74,8 @@ def between_segments(config: HRMConfig, rows: int, segments: int, weights: int, 
     if segments == 1:
         return 0
     sums = 2 * (rows * (config.hidden_size + 2 * config.d_l) * width + weights * width // 4)
-    halting = config.act or config.stop_residual > 0
-    return sums + (rows * segments * (config.d_l + config.d_h) * width if halting else 0)
+    kept = segments if config.act or config.stop_residual else 1
+    return sums + kept * rows * (config.d_l + config.d_h) * width
 
 
 def loss_bytes(text: PreTrainedConfig, config: HRMConfig, rows: int, width: int) -> int:

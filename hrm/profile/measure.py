@@ -11,7 +11,7 @@ from accelerate.utils import convert_to_fp32
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from hrm.core import CoreOutput, Segment
+from hrm.core import CoreOutput, EachSegment, Segment
 from hrm.modeling import HRMGemmaForCausalLM, HRMOutput
 from hrm.offload import OffloadedEmbedding
 from hrm.profile.plan import Step
@@ -165,7 +165,7 @@ class _Marks:
     """What `live` counts where one part of a step ends and the next begins."""
 
     def __init__(self, model: HRMGemmaForCausalLM, live: CudaBytes | LiveBytes, dtype: torch.dtype) -> None:
-        self._live, self._low = live, dtype != torch.float32
+        self._live = live
         self.parts = {"core_activations": 0, "loss": 0}
         adapters = [p for name, p in model.backbone.named_parameters() if ".lora_" in name]
         self._adapters = self._copied(adapters, dtype)
@@ -186,27 +186,18 @@ class _Marks:
     def before_core(self, core: nn.Module, inputs: tuple[Tensor], settings: dict[str, Any]) -> tuple[Any, Any]:
         """The core's forward pre-hook."""
         (h,), each = inputs, settings.get("each")
-        self._hidden = h.nbytes if self._low else 0  # in float32 the core keeps it
+        self._hidden = 0 if h.dtype == torch.float32 else h.nbytes  # in float32 the core keeps it
         self.parts["backbone_activations"] = self._live.now - self._start - self._adapters - h.nbytes
         if h.requires_grad:
             h.register_hook(self._before_backbone)
-        if each is None:
-            return inputs, settings
-
-        def scored(segment: Segment, *others: Tensor) -> Tensor:
-            self._score([segment])
-            loss = each(segment, *others)
-            self.scored()
-            return loss
-
-        return inputs, {**settings, "each": scored}
+        return inputs, settings if each is None else {**settings, "each": _Scored(each, self)}
 
     def after_core(self, core: nn.Module, inputs: Any, settings: dict[str, Any], output: CoreOutput) -> None:
         """The core's forward hook."""
         if settings.get("each") is None:
-            self._score(output.segments, stored_bytes(output.carry or ()))
+            self.score(output.segments, stored_bytes(output.carry or ()))
 
-    def _score(self, segments: list[Segment], carry: int = 0) -> None:
+    def score(self, segments: list[Segment], carry: int = 0) -> None:
         """The loss of `segments` begins, while there are `carry` bytes of a carry."""
         self._forget()
         others = self.parts["copies"] + self.parts["backbone_activations"] + carry
@@ -239,3 +230,16 @@ class _Marks:
         self._forget()
         highest, self._highest = self._highest, 0
         return highest
+
+
+class _Scored:
+    """A core's `each` between whose calls `marks` looks."""
+
+    def __init__(self, each: EachSegment, marks: _Marks) -> None:
+        self._each, self._marks, self.plan = each, marks, each.plan
+
+    def __call__(self, segment: Segment, h: Tensor, w_out: Tensor) -> Tensor:
+        self._marks.score([segment])
+        loss = self._each(segment, h, w_out)
+        self._marks.scored()
+        return loss

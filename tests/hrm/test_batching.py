@@ -90,6 +90,13 @@ def test_packed_documents_do_not_see_each_other(make_model: Make, kind: str, doc
     assert not torch.allclose(logits[:, ~same], changed[:, ~same])
 
 
+def test_packed_rows_may_be_longer_than_any_document_may(make_model: Make, documents: list[Tensor]) -> None:
+    model, batch = make_model(), packed(documents * 4)
+    assert batch["input_ids"].shape[1] > model.config.get_text_config().max_position_embeddings
+    few, many = model(**packed(documents)).loss, model(**batch).loss
+    torch.testing.assert_close(many, few)
+
+
 def test_each_packed_document_halts_by_itself(make_model: Make, documents: list[Tensor]) -> None:
     model = make_model(**ACT).train()
     with torch.no_grad():  # between the documents' means: some halt after the first segment, others go on
