@@ -499,6 +499,8 @@ OF_ACT = ("hrm.min_segments", "hrm.exploration", "hrm.segment_price", "hrm.q_tar
 NEEDED = {  # a setting: the keys that say nothing without it
     "hrm.act=true": OF_ACT,
     "hrm.q_target=replay": ("hrm.replay_size",),
+    "hrm.h_mixer=attention": ("hrm.attn_heads", "hrm.attn_kv_heads", "hrm.rope_theta"),
+    "lora.enabled=true": ("lora.low_rank", "lora.high_rank", "lora.dropout"),
     "train.segment_growth=plateau": ("train.plateau_window", "train.plateau_tolerance"),
 }
 
@@ -510,7 +512,8 @@ def _check_used(settings: Any) -> None:
         switch, _, value = setting.partition("=")
         if str(OmegaConf.select(settings, switch)).lower() != value:
             for name in names:
-                should = f"{unset[name]}, its default, without {setting}; set that, or leave {name} out"
+                default = "null" if unset[name] is None else unset[name]
+                should = f"{default}, its default, without {setting}; set that, or leave {name} out"
                 require(settings, name, lambda value, name=name: value == unset[name], should)
     most, core = settings.hrm.max_segments, settings.hrm
     if not core.act and most > max(1, core.segments):  # a number up to that is what a checkpoint's config holds

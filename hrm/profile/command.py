@@ -99,6 +99,7 @@ def profile(settings: Any) -> None:
     from hrm.offload import check_per_layer_embeddings
     from hrm.profile.advice import available_memory, check_fits, in_gb
     from hrm.profile.report import print_plan
+    from hrm.running import is_out_of_memory
 
     _check(settings)
     name = settings.hrm.backbone or default_backbone()
@@ -112,11 +113,18 @@ def profile(settings: Any) -> None:
         plan = plan_training(settings, backbone, [min(asked, allowed or asked)])
     except ValueError as error:
         raise UsageError(f"hrm.backbone is {name!r}, and cannot be planned with: {error}") from error
-    measured = None
+    measured = why = None
     if torch.cuda.is_available() and _has_weights(name):
         check_packages(settings)
-        measured = _measured(name, settings, plan.step)
+        try:
+            measured = _measured(name, settings, plan.step)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            why = str(error).splitlines()[0]
     print_plan(plan, measured)
+    if why is not None:
+        print(f"A real step was tried and ran out of memory, so nothing is measured: {why}")
     if plan.step.tokens < asked:
         print(f"data.max_length is {asked}; the backbone allows {allowed} tokens, and hrm train refuses a longer row.")
     available = available_memory() if torch.cuda.is_available() else None

@@ -486,6 +486,26 @@ def shown(*overrides: str) -> None:
     profile(load_settings(ProfileSettings, ["hrm.d_l=64", "hrm.d_h=64", "train.batch_size=2", *overrides]))
 
 
+def test_a_step_that_does_not_fit_is_predicted_all_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    backbone_config("qwen3").save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("hrm.profile.advice.available_memory", lambda: 10**6)
+    monkeypatch.setattr("hrm.profile.command._measured", fail)
+    error: Exception = torch.OutOfMemoryError("Tried to allocate much")
+    shown(f"hrm.backbone={tmp_path}")
+    text = capsys.readouterr().out
+    assert "ran out of memory, so nothing is measured: Tried to allocate much" in text and "peak: loss" in text
+    error = RuntimeError("something else")
+    with pytest.raises(RuntimeError, match="something else"):
+        shown(f"hrm.backbone={tmp_path}")
+
+
 def test_a_folder_with_a_config_alone_is_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     backbone_config("gemma3n_text").save_pretrained(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]

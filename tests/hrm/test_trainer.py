@@ -658,6 +658,8 @@ def test_nothing_in_a_checkpoint_is_pickled(settings: Load) -> None:
         ("hrm.q_target=none", "without hrm.act=true"),
         ("hrm.q_gradient=head", "without hrm.act=true"),
         ("hrm.q_loss_weight=1", "without hrm.act=true"),
+        ("hrm.h_mixer=none hrm.attn_heads=4", "hrm.attn_heads is 4; it should be null, .* hrm.h_mixer=attention"),
+        ("lora.enabled=false lora.dropout=0.1", r"lora.dropout is 0.1; .* without lora.enabled=true"),
         ("hrm.replay_size=16", "hrm.replay_size is 16; it should be 4096, its default, without hrm.q_target=replay"),
         ("train.plateau_window=5", "train.plateau_window is 5; it should be 100, .* train.segment_growth=plateau"),
     ],
@@ -667,7 +669,7 @@ def test_settings_that_make_no_sense(settings: Load, override: str, message: str
         run(settings(override, "train.steps=1"))
         return
     with pytest.raises(UsageError, match=message):
-        run(settings(override))
+        run(settings(*override.split(" ")))
 
 
 @pytest.mark.parametrize(
