@@ -35,11 +35,8 @@ class SegmentLosses:
         self._rows = (targets != IGNORED).flatten().nonzero().squeeze(1)
         self._wanted = self._pick(targets)
         self._items = max(len(self._rows), 1) if items is None else items
-        rows = torch.arange(len(targets), device=targets.device)[:, None].expand_as(targets)
-        most = 1 if documents is None else int(documents.max()) + 1
-        self._sequence = self._pick(rows if documents is None else rows * most + documents)  # (n,)
-        counts = torch.zeros(len(targets) * most, device=targets.device)
-        self._counts = counts.index_add_(0, self._sequence, torch.ones_like(self._sequence).float())  # (sequences,)
+        if config.act and config.q_target == "replay":
+            self._number_sequences(targets, documents)
         self._losses: list[Tensor] = []  # (n,) of each segment so far
         self._correct: list[Tensor] = []
         self._q_losses: list[Tensor] = []  # ()
@@ -127,6 +124,14 @@ class SegmentLosses:
         return Transitions(*(part.flatten(0, 1) for part in parts))
 
     # ------------------------------------------------------------------------------------------------ helpers
+
+    def _number_sequences(self, targets: Tensor, documents: Tensor | None) -> None:
+        """Notes which sequence each scored token is of (n,), and how many there are in each (sequences,)."""
+        rows = torch.arange(len(targets), device=targets.device)[:, None].expand_as(targets)
+        most = 1 if documents is None else int(documents.max()) + 1
+        self._sequence = self._pick(rows if documents is None else rows * most + documents)
+        counts = torch.zeros(len(targets) * most, device=targets.device)
+        self._counts = counts.index_add_(0, self._sequence, torch.ones_like(self._sequence).float())
 
     def _pick(self, values: Tensor) -> Tensor:
         """(B, S, ...) -> (n, ...)."""
