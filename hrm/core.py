@@ -333,6 +333,8 @@ class HRMCore(nn.Module):
             ValueError: an argument is not as above; the message names it.
         """
         self._check_inputs(h, attention_mask, position_ids, counted, past=0 if cache is None else cache.length)
+        if each is not None and cache is not None:
+            raise ValueError("each is given together with cache; one of them should be None: slots keep no gradients")
         dtype, kind = _compute_dtype(self, h), h.device.type
         caller = Autocast(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
         real = _real_tokens(attention_mask, h)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from hrm.attention import packed_documents
 from hrm.loss import IGNORED
 
 
@@ -47,13 +48,9 @@ def check_inputs(
     if batch == 0 or tokens == 0:
         raise ValueError(f"the batch is {batch} rows of {tokens} tokens; it should be at least one of each")
     longest = getattr(config, "max_position_embeddings", None)
-    packed = position_ids is not None and attention_mask is None and past == 0  # a row may hold several documents
-    if longest is not None and past + tokens > longest and not packed:
+    if longest is not None and past + tokens > longest and not _is_packed(attention_mask, position_ids, past):
         raise ValueError(f"the sequence is {past + tokens} tokens long; the backbone allows {longest}")
     check_places(lead, attention_mask, position_ids, past)
-    if packed and longest is not None:
-        assert position_ids is not None
-        _check_ids("position_ids", position_ids, longest, "what the backbone allows")
     if labels is not None:
         check_beside(lead, "labels", labels, (batch, tokens), "(batch, tokens)")
         _check_ids("labels", labels.masked_fill(labels == IGNORED, 0), config.vocab_size)
@@ -97,16 +94,21 @@ def _check_rank(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name}.shape is {_size(tensor)}; it should be (batch, tokens)")
 
 
-def _check_ids(name: str, ids: Tensor, count: int, of: str = "the backbone's vocabulary") -> None:
+def _is_packed(attention_mask: Tensor | None, position_ids: Tensor | None, past: int) -> bool:
+    """Whether rows hold several documents, each of which alone has to fit the backbone."""
+    return isinstance(position_ids, Tensor) and packed_documents(attention_mask, position_ids, past > 0) is not None
+
+
+def _check_ids(name: str, ids: Tensor, vocabulary: int) -> None:
     """Types everywhere, ranges on the CPU in eager mode only: else they cost a synchronisation or a graph break."""
     if ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"{name}.dtype is {ids.dtype}; it should be torch.int64 or torch.int32")
     if ids.device.type != "cpu" or ids.numel() == 0 or torch.compiler.is_compiling():
         return
     low, high = map(int, ids.aminmax())
-    if low < 0 or high >= count:
+    if low < 0 or high >= vocabulary:
         wrong = low if low < 0 else high
-        raise ValueError(f"{name} holds {wrong}; it should be from 0 to {count - 1}, {of}")
+        raise ValueError(f"{name} holds {wrong}; it should be from 0 to {vocabulary - 1}, the backbone's vocabulary")
 
 
 def _size(tensor: Tensor) -> str:

@@ -402,7 +402,8 @@ class HRMGemmaForCausalLM(PreTrainedModel, GenerationMixin):
             documents = packed_documents(attention_mask, position_ids, past_key_values is not None)
             targets = next_token_targets(labels, attention_mask, documents)
             losses = SegmentLosses(self.hrm.config, self._score, targets, documents, num_items_in_batch)
-        one_by_one = losses is not None and self._one_by_one(segments)
+        apart = losses is not None and past_key_values is None and logits_to_keep is None
+        one_by_one = apart and self._one_by_one(segments)
         core = self.hrm(
             h,
             attention_mask=attention_mask,
@@ -441,11 +442,11 @@ class HRMGemmaForCausalLM(PreTrainedModel, GenerationMixin):
         return targets is not None and self.training and config.act and config.q_target == "bootstrap"
 
     def _one_by_one(self, segments: int | None) -> bool:
-        """Whether several segments' gradients are taken one by one: not where tokens halt by themselves (evaluation),
-        where the head wants a gradient too, or where there is nothing to save."""
-        config = self.hrm.config
+        """Whether several segments' gradients are taken one by one, where the loss alone is asked for: not where tokens
+        halt by themselves (evaluation), where the head wants a gradient too, or where there is nothing to save."""
+        config, training = self.hrm.config, self.hrm.training
         count = segments or (config.max_segments if config.act else config.segments)
-        if not torch.is_grad_enabled() or count == 1 or ((config.act or config.stop_residual) and not self.training):
+        if not torch.is_grad_enabled() or count == 1 or ((config.act or config.stop_residual) and not training):
             return False
         return self._head_is_frozen()
 

@@ -45,6 +45,8 @@ class SegmentLosses:
     def plan(self, ran: Sequence[Halting], ahead: Halting | None) -> None:
         """Hears who runs each segment; `ahead` is one more, which ran for its Q values alone."""
         config, weights = self._config, self._config.segment_weights
+        if weights is not None and 1 < len(ran) > len(weights):
+            raise ValueError(f"{len(ran)} segments ran; with hrm.segment_weights it should be at most {len(weights)}")
         self._active = self._stacked("active", ran)
         if weights is None or len(ran) == 1:  # one counts as all there is
             self._shares = token_shares(self._active)

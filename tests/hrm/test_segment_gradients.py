@@ -124,9 +124,7 @@ def test_a_model_that_halts_trains_as_with_all_segments_at_once(
 ) -> None:
     model = make_model(**HALTING[halting]).train()
     halt_apart(model, given(how))
-    found = compare_with_all_at_once(
-        model, monkeypatch, low, **given(how), num_items_in_batch=20, segments=most, logits_to_keep=0
-    )
+    found = compare_with_all_at_once(model, monkeypatch, low, **given(how), num_items_in_batch=20, segments=most)
     assert len(taken) == found.token_segments.max()
 
 
@@ -246,3 +244,32 @@ def test_where_tokens_halt_by_themselves_nothing_is_taken_one_by_one(make_model:
         core(torch.randn(1, 2, core.config.hidden_size), each=object())
     model(**given("plain")).loss.backward()
     assert core.w_x.grad.any()
+
+
+@pytest.mark.parametrize("settings", [ACT, {"segments": 3}], ids=["act", "segments"])
+def test_logits_that_are_asked_for_have_a_graph(make_model: Make, settings: Any) -> None:
+    model = make_model(**settings).train()
+    output = model(**given("plain"), logits_to_keep=0)
+    (gradient,) = torch.autograd.grad(output.logits.square().mean(), [model.hrm.w_l], retain_graph=True)
+    assert gradient.any()
+    output.loss.backward()
+
+
+def test_segments_leave_their_slots_whole(make_model: Make) -> None:
+    model, inputs = make_model(segments=3).requires_grad_(False), given("plain")
+    with torch.no_grad():
+        expected = model(**inputs, use_cache=True).past_key_values
+    found = model(**inputs, use_cache=True).past_key_values
+    next_token = inputs["input_ids"][:, :1]
+    with torch.no_grad():
+        after = (model(next_token, past_key_values=cache).logits for cache in (expected, found))
+        torch.testing.assert_close(*after)
+    with pytest.raises(ValueError, match="each is given together with cache"):
+        model.hrm(torch.randn(1, 2, model.hrm.config.hidden_size), each=object(), cache=found.slots)
+
+
+def test_a_core_in_evaluation_under_a_model_in_training_halts_by_token(make_model: Make) -> None:
+    model = make_model(**ACT).train()
+    model.hrm.eval()
+    model(**given("plain")).loss.backward()
+    assert model.hrm.w_x.grad.any()
