@@ -47,10 +47,10 @@ def check_inputs(
     batch, tokens = lead.shape[:2]
     if batch == 0 or tokens == 0:
         raise ValueError(f"the batch is {batch} rows of {tokens} tokens; it should be at least one of each")
+    check_places(lead, attention_mask, position_ids, past)
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and past + tokens > longest and not _is_packed(attention_mask, position_ids, past):
         raise ValueError(f"the sequence is {past + tokens} tokens long; the backbone allows {longest}")
-    check_places(lead, attention_mask, position_ids, past)
     if labels is not None:
         check_beside(lead, "labels", labels, (batch, tokens), "(batch, tokens)")
         _check_ids("labels", labels.masked_fill(labels == IGNORED, 0), config.vocab_size)

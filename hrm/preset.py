@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from hrm.settings import OF_ACT, Key, TrainingSettings, UsageError, keys_of, kind_name, load_settings, nearest
+from hrm.settings import NEEDED, Key, TrainingSettings, UsageError, keys_of, kind_name, load_settings, nearest
 
 PRESETS = Path(__file__).parent / "presets"
 SUFFIXES = (".yaml", ".yml")  # of a file; anything else is a name
@@ -39,7 +39,7 @@ def read_preset(name: str, schema: type, overrides: Sequence[str] = ()) -> dict[
         name: of a packaged preset, or a file that ends in .yaml or .yml.
         schema: the class of the settings; what only `hrm train` has keys for is checked and left out of others.
         overrides: what was typed; with another task than the preset's, the options of the preset's task are left out,
-            and with ACT turned off what the preset says of ACT.
+            and so is what the preset says of something that is turned off (`hrm.settings.NEEDED`).
 
     Raises:
         UsageError: there is no such preset, it cannot be read, is no YAML, or holds a key that there is not, one that
@@ -57,10 +57,21 @@ def read_preset(name: str, schema: type, overrides: Sequence[str] = ()) -> dict[
     if any(word.startswith("data.task=") for word in overrides):
         for options in ("task_options", "held_out_options"):
             values.get("data", {}).pop(options, None)
-    if any(word.startswith("hrm.act=") for word in overrides) and not load_settings(schema, overrides).hrm.act:
-        for setting in (*OF_ACT, "hrm.max_segments", "hrm.replay_size"):
-            values.get("hrm", {}).pop(setting.removeprefix("hrm."), None)
+    for setting in _turned_off(schema, overrides):
+        section, _, own = setting.partition(".")
+        values.get(section, {}).pop(own, None)
     return values
+
+
+def _turned_off(schema: type, overrides: Sequence[str]) -> list[str]:
+    """The keys that say nothing any more by what was typed."""
+    typed, off = load_settings(schema, overrides), list[str]()
+    for setting, names in NEEDED.items():
+        switch, _, value = setting.partition("=")
+        is_typed = any(word.startswith(f"{switch}=") for word in overrides)
+        if switch in off or (is_typed and str(OmegaConf.select(typed, switch)).lower() != value):
+            off += [*names, "hrm.max_segments"] if switch == "hrm.act" else names
+    return off
 
 
 def _path(name: str) -> Path:

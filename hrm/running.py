@@ -293,13 +293,17 @@ def is_out_of_memory(error: BaseException) -> bool:
     return any(part in text for part in NO_MEMORY) or should_reduce_batch_size(RuntimeError(text))
 
 
+def forget_peak(device: torch.device) -> None:
+    """Starts anew what `peak_memory` says of a GPU. Not for steps that a CUDA graph replays: they allocate nothing."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_memory(device: torch.device) -> float:
-    """Most memory in use, in GB: of the GPU's allocations since the last call; elsewhere, where such a peak cannot be
+    """Most memory in use, in GB: of the GPU's allocations since `forget_peak`; elsewhere, where such a peak cannot be
     read by intervals, of the whole process since its start."""
     if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        return peak / 1e9
+        return torch.cuda.max_memory_allocated(device) / 1e9
     import resource  # not on Windows
 
     unit = 1 if sys.platform == "darwin" else 1024

@@ -494,10 +494,15 @@ def check_step(settings: Any) -> None:
         _check_used(settings)
 
 
-OF_ACT = ("hrm.min_segments", "hrm.exploration", "hrm.segment_price", "hrm.q_target", "hrm.q_gradient",
-          "hrm.q_loss_weight")  # fmt: skip
 NEEDED = {  # a setting: the keys that say nothing without it
-    "hrm.act=true": OF_ACT,
+    "hrm.act=true": (
+        "hrm.min_segments",
+        "hrm.exploration",
+        "hrm.segment_price",
+        "hrm.q_target",
+        "hrm.q_gradient",
+        "hrm.q_loss_weight",
+    ),
     "hrm.q_target=replay": ("hrm.replay_size",),
     "hrm.h_mixer=attention": ("hrm.attn_heads", "hrm.attn_kv_heads", "hrm.rope_theta"),
     "lora.enabled=true": ("lora.low_rank", "lora.high_rank", "lora.dropout"),

@@ -35,7 +35,7 @@ from hrm.running import (
     recorded,
     run_folder,
 )
-from hrm.runs import METRICS, append_line
+from hrm.runs import METRICS, append_line, read_lines
 from hrm.saving import checkpoints, unwritable
 from hrm.settings import (
     UsageError,
@@ -296,9 +296,13 @@ class Run:
         known = Evaluation.read(path, self.job.problems.held_out)
         evaluation = self.evaluations[name] = known or judge()
         report.print_evaluation(self.console, name, evaluation)
-        if known is None and self._processes.is_main_process:
-            values = {"event": "evaluation", "when": name, "step": step}
-            append_line(self.folder / METRICS, {**values, "right": evaluation.right, "of": len(evaluation.scores)})
+        if not self._processes.is_main_process:
+            return
+        values = {"event": "evaluation", "when": name, "step": step}
+        line = {**values, "right": evaluation.right, "of": len(evaluation.scores)}
+        if line not in read_lines(self.folder / METRICS):  # which the run folder may have lost
+            append_line(self.folder / METRICS, line)
+        if known is None:
             evaluation.write(path)
 
 

@@ -26,7 +26,7 @@ from hrm.curriculum import SegmentGrowth, set_depth, stages
 from hrm.data import Encoded
 from hrm.loss import IGNORED
 from hrm.modeling import HRMGemmaForCausalLM, HRMOutput
-from hrm.running import TrainingError, check_unchanged, is_out_of_memory, peak_memory
+from hrm.running import TrainingError, check_unchanged, forget_peak, is_out_of_memory, peak_memory
 from hrm.saving import checkpoint_folder, checkpoints, remove_old_checkpoints, step_of
 from hrm.settings import UsageError, core_lr
 from hrm.sharding import here, set_up_sharding, whole
@@ -344,6 +344,7 @@ class HRMTrainer(Trainer):
             logs |= self._seen.read(self._sum_over_processes)  # the loss too: the Trainer's forgets what a resume cuts
             logs["adapter_lr"] = float(self.lr_scheduler.get_last_lr()[-1])  # type: ignore[union-attr]
             logs |= {"memory_gb": peak_memory(self.args.device), "skipped_steps": self.skipped}
+            forget_peak(self.args.device)
             logs["micro_batch"] = self.micro_batch
             if self.repeats == 1:
                 logs["segment_limit"] = self._limit

@@ -46,6 +46,22 @@ def test_another_task_does_not_get_the_presets_options():
     assert settings.data.held_out_options == {}
 
 
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("hrm: {attn_heads: 8, rope_theta: 100.0}", "hrm.h_mixer=none"),
+        ("lora: {low_rank: 8, dropout: 0.1}", "lora.enabled=false"),
+        ("train: {segment_growth: plateau, plateau_window: 5}", "train.segment_growth=steps"),
+        ("hrm: {act: true, max_segments: 4, q_target: replay, replay_size: 64}", "hrm.q_target=none"),
+        ("hrm: {act: true, max_segments: 4, q_target: replay, replay_size: 64}", "hrm.act=false"),
+    ],
+)
+def test_what_is_typed_turns_off_what_the_preset_says_of_it(tmp_path, text, word):
+    preset = f"preset={write(tmp_path / 'mine.yaml', text)}"
+    check_training(load_training_settings([preset]))
+    check_training(load_training_settings([preset, word]))
+
+
 def test_without_act_the_preset_says_nothing_of_it(tmp_path):
     text = "hrm: {act: true, max_segments: 4, exploration: 0.2, q_target: replay, replay_size: 64, d_l: 64}\n"
     preset = f"preset={write(tmp_path / 'mine.yaml', text)}"

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hrm.running import Interrupted, StopOnInterrupt, TrainingError, joined_processes, peak_memory
+from hrm.running import Interrupted, StopOnInterrupt, TrainingError, forget_peak, joined_processes, peak_memory
 from hrm.settings import UsageError
 
 
@@ -105,11 +105,14 @@ def test_one_process_where_several_were_asked_for_is_refused(monkeypatch, variab
 # ---------------------------------------------------------------------------------------------------- memory
 
 
-def test_a_gpus_peak_is_that_since_it_was_last_read(monkeypatch):
+def test_a_gpus_peak_is_that_since_it_was_forgotten(monkeypatch):
     now, peak = 2e9, [5e9]
     monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda device: peak[0])
     monkeypatch.setattr("torch.cuda.reset_peak_memory_stats", lambda device: peak.__setitem__(0, now))
-    assert [peak_memory(torch.device("cuda")) for _ in range(2)] == [5, 2]
+    device = torch.device("cuda")
+    assert [peak_memory(device) for _ in range(2)] == [5, 5]
+    forget_peak(device)
+    assert peak_memory(device) == 2
 
 
 def test_a_processs_peak_does_not_fall():

@@ -495,6 +495,17 @@ def test_a_finished_run_is_not_trained_or_judged_again(settings: Load) -> None:
     assert (folder / "metrics.jsonl").read_text() == before
 
 
+def test_a_finished_run_has_its_lines_back_the_evaluation_after_it_too(settings: Load) -> None:
+    folder = run(settings("train.steps=2"))
+    path = folder / "metrics.jsonl"
+    before = path.read_text().splitlines()
+    path.unlink()
+    for _ in range(2):  # and once is enough
+        resume(folder)
+        found = path.read_text().splitlines()
+        assert found[-1] == before[-1] and len(found) == len(before) and '"after"' in found[-1]
+
+
 @pytest.mark.parametrize(
     "name", ["model.safetensors", "optimizer.safetensors", "progress.json", "rank-0.safetensors", "metrics.jsonl"]
 )
