@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import logging
 import math
@@ -16,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -82,8 +82,11 @@ class HRMTrainer(Trainer):
         super().__init__(
             model=model, args=self._arguments(settings, steps), train_dataset=Rows(rows), callbacks=list(callbacks)
         )
+        self._apart = self.args.world_size > 1 and not self.is_fsdp_enabled
         if self.is_fsdp_enabled:
             set_up_sharding(self.accelerator, model)
+        elif self._apart:
+            self._leave_out_ddp()
         self.remove_callback(PrinterCallback)
         self.micro_batch = min(self.micro_batch, settings.batch_size // self.args.world_size)
 
@@ -105,8 +108,16 @@ class HRMTrainer(Trainer):
             report_to=list(settings.report_to) or "none",
             disable_tqdm=True,
             remove_unused_columns=False,
-            ddp_find_unused_parameters=False,
         )
+
+    def _leave_out_ddp(self) -> None:
+        """Data parallelism without torch's DistributedDataParallel: it waits for other processes within a step, where
+        one may have run out of memory, and has a second buffer of all gradients. What it does at its start is done."""
+        prepare = self.accelerator.prepare_model
+        self.accelerator.prepare_model = functools.partial(prepare, evaluation_mode=True)  # type: ignore[method-assign]
+        for parameter in self.core_model.parameters():
+            if parameter.requires_grad:
+                torch.distributed.broadcast(parameter.detach(), 0)
 
     # ------------------------------------------------------------------------------------------------ data
 
@@ -150,31 +161,30 @@ class HRMTrainer(Trainer):
     def _gradients(self, model: nn.Module, inputs: StepRows) -> Tensor | None:
         """The step's loss, with its gradients in place; None where it ran out of memory, with the parts made smaller.
 
-        Under DDP processes meet before the step's parts and after them, never in between, where one may have failed:
-        so the parts go through the model without DDP's wrapper, and the gradients are averaged at the end.
+        But under FSDP processes meet before the step's parts and after them, never in between, where one may have
+        failed: gradients are averaged at the end.
         """
         self._passed = inputs.segment > 0 and self._all_halted()
         if self._passed:  # the optimizer passes over what has no gradient
             self._seen.pass_step(self.args.device)
             return torch.zeros((), device=self.args.device)
         items = self._sum_over_processes(scored_tokens(inputs.rows)).clamp_min(1)
-        apart = isinstance(model, DistributedDataParallel)
         self._seen.begin_step()
         why = None
         try:
-            total, carries, halted = self._run_parts(self.core_model if apart else model, inputs, items)
-            gradients = self._all_gradients() if apart else []
+            total, carries, halted = self._run_parts(model, inputs, items)
+            gradients = self._all_gradients() if self._apart else []
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             why = str(error)
-        if self.args.world_size > 1 and not apart:
+        if self.is_fsdp_enabled and self.args.world_size > 1:
             self._refuse_smaller(why)
         elif failed := self._out_of_memory(why):  # outside: the exception holds on to the failed pass
             self._smaller(inputs, failed)
             return None
-        if apart:
-            self._average(gradients)
+        if self._apart:
+            self._average(gradients, torch.distributed.group.WORLD)
         self._carries, self._halted = carries, halted
         self._seen.end_step()
         return total
@@ -430,10 +440,8 @@ class HRMTrainer(Trainer):
                 parameter.grad = torch.zeros_like(parameter)
         return [parameter.grad for parameter in trained if parameter.grad is not None]
 
-    def _average(self, gradients: Sequence[Tensor]) -> None:
-        """Averages each over the processes, in place: no memory is asked for that one of them might not have."""
-        group = torch.distributed.group.WORLD
-        assert group is not None
+    def _average(self, gradients: Sequence[Tensor], group: Any) -> None:
+        """Averages each over the processes of `group`, in place: no memory is asked for that one might not have."""
         for dtype in dict.fromkeys(gradient.dtype for gradient in gradients):
             alike = [gradient for gradient in gradients if gradient.dtype == dtype]
             torch._foreach_div_(alike, self.args.world_size)

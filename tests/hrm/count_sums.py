@@ -7,33 +7,32 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.distributed import GradBucket
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from torch.nn.parallel import DistributedDataParallel
-
 from hrm.cli import main
 from hrm.modeling import HRMGemmaForCausalLM
 from hrm.trainer import HRMTrainer
 
 steps: list[dict[str, int]] = []
-make, step, forward = DistributedDataParallel.__init__, HRMTrainer.training_step, HRMGemmaForCausalLM.forward
-average = HRMTrainer._average
+average, step, forward = HRMTrainer._average, HRMTrainer.training_step, HRMGemmaForCausalLM.forward
 
 
-def counted(state: Any, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
-    steps[-1]["sums"] += bucket.is_last()  # the buckets of one pass over the gradients are one sum
-    return allreduce_hook(state, bucket)
+class Counted:
+    """A process group that counts what sums gradients."""
+
+    def __init__(self, group: Any) -> None:
+        self._group = group
+
+    def __getattr__(self, name: str) -> Any:
+        assert not name.startswith(("all", "reduce", "broadcast")), name  # nothing else may go over the gradients
+        return getattr(self._group, name)
+
+    def allreduce_coalesced(self, tensors: Any) -> Any:
+        steps[-1]["sums"] += 1
+        return self._group.allreduce_coalesced(tensors)
 
 
-def made(self: Any, *args: Any, **kwargs: Any) -> None:
-    make(self, *args, **kwargs)
-    self.register_comm_hook(None, counted)
-
-
-def averaged(self: Any, gradients: Any) -> None:
-    steps[-1]["sums"] += len({gradient.dtype for gradient in gradients})
-    average(self, gradients)
+def averaged(self: Any, gradients: Any, group: Any) -> None:
+    average(self, gradients, Counted(group))
+    assert steps[-1]["sums"]
 
 
 def stepped(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -49,7 +48,6 @@ def forwarded(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 if __name__ == "__main__":
-    DistributedDataParallel.__init__ = made  # type: ignore[method-assign]
     HRMTrainer.training_step, HRMGemmaForCausalLM.forward = stepped, forwarded  # type: ignore[method-assign]
     HRMTrainer._average = averaged  # type: ignore[method-assign]
     status = main(sys.argv[1:])

@@ -347,14 +347,19 @@ def test_out_of_memory_is_known_by_what_cuda_says(settings: Load, text: str, mon
 
 
 def test_out_of_memory_under_fsdp_ends_its_process_alone() -> None:
+    def fail(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("why")
+
     trainer: Any = SimpleNamespace(
-        args=SimpleNamespace(world_size=2, process_index=1), state=SimpleNamespace(global_step=3), micro_batch=4
-    )
-    HRMTrainer._refuse_smaller(trainer, None)
+        args=SimpleNamespace(world_size=2, process_index=1), state=SimpleNamespace(global_step=3), micro_batch=4,
+        is_fsdp_enabled=True, _apart=False, _run_parts=fail, _seen=SimpleNamespace(begin_step=lambda: None),
+        _sum_over_processes=torch.as_tensor, _refuse_smaller=lambda why: HRMTrainer._refuse_smaller(trainer, why),
+        _out_of_memory=lambda why: pytest.fail("it would wait for processes that wait for it elsewhere"),
+    )  # fmt: skip
     with pytest.raises(
         TrainingError, match=r"out of memory on process 1 at step 4, with train.micro_batch=4; under FSDP"
     ) as raised:
-        HRMTrainer._refuse_smaller(trainer, "why")
+        HRMTrainer._gradients(trainer, torch.nn.Linear(1, 1), SimpleNamespace(segment=0, rows=[]))
     assert raised.value.alone
 
 
