@@ -72,10 +72,11 @@ def plan_training(
     rows = train.batch_size // processes
     micro_batch = min(train.micro_batch or rows, rows)
     step = Step(
-        tokens=-(-widest_part(lengths, micro_batch, train.batch_size) // micro_batch) if train.pack else max(lengths),
+        tokens=max(lengths),
         micro_batch=micro_batch,
         batch=rows,
         packed=train.pack,
+        widest=lambda rows: widest_part(lengths, rows, train.batch_size),
         segments=1 if train.update_every == "segment" else None,
         by_segment=segment_conflict(settings) is None,
         gradient_checkpointing=train.gradient_checkpointing,
@@ -83,7 +84,7 @@ def plan_training(
         fused=settings.hrm.fused is not False,
         four_bit=settings.hrm.quantize is not None,
         per_layer_on_cpu=settings.hrm.offload_per_layer_embeddings,
-    )
+    ).of_widest()
     lora = lora_dict(settings.lora)
     return predict_memory(backbone, hrm_config(settings.hrm), lora, step)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -38,6 +39,8 @@ class Step:
     """Rows of a batch on one process; None: no more than those of a micro batch."""
     packed: bool = False
     """The rows of a micro batch stand behind each other in one, without padding."""
+    widest: Callable[[int], int] | None = field(default=None, compare=False, repr=False)
+    """Rows of a packed micro batch -> the most tokens that they can have together; None: `tokens` each."""
     segments: int | None = None
     """M, segments of one forward pass; None: the core's own number (the most, under ACT)."""
     dtype: torch.dtype = torch.bfloat16
@@ -66,6 +69,12 @@ class Step:
             raise ValueError(f"Step: dtype is {self.dtype}; it should be torch.bfloat16 or torch.float32")
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"Step: optimizer is {self.optimizer!r}; it should be {' or '.join(OPTIMIZERS)}")
+
+    def of_widest(self) -> Step:
+        """This step with the `tokens` that its packed rows have on average where they have the most."""
+        if not self.packed or self.widest is None:
+            return self
+        return replace(self, tokens=-(-self.widest(self.micro_batch) // self.micro_batch))
 
     @property
     def rows(self) -> int:
@@ -103,7 +112,7 @@ class MemoryPlan:
 
     def changed(self, **fields: Any) -> MemoryPlan:
         """The plan of the same models with other fields of `Step`."""
-        return plan_of(self.skeleton, replace(self.step, **fields))
+        return plan_of(self.skeleton, replace(self.step, **fields).of_widest())
 
 
 def predict_memory(

@@ -553,6 +553,16 @@ def test_a_packed_part_is_planned_as_wide_as_it_gets(processes: int) -> None:
     assert processes > 1 or max(widths) > 0.95 * step.rows
 
 
+def test_a_smaller_micro_batch_of_packed_rows_still_holds_the_longest() -> None:
+    def plan(micro_batch: int) -> MemoryPlan:
+        words = ["hrm.d_l=64", "hrm.d_h=64", "train.pack=true", f"train.micro_batch={micro_batch}"]
+        settings = load_settings(ProfileSettings, [*words, "train.batch_size=8"])
+        return plan_training(settings, backbone_config("qwen3"), [60, *[2] * 100])
+
+    assert plan(8).step.rows < 1.2 * plan(4).step.rows
+    assert plan(8).changed(micro_batch=4).parts == plan(4).parts
+
+
 def test_what_cannot_be_planned_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HRM_MODEL_PATH", raising=False)
     with pytest.raises(UsageError, match="no backbone"):
