@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import logging
 import math
@@ -114,10 +113,15 @@ class HRMTrainer(Trainer):
         """Data parallelism without torch's DistributedDataParallel: it waits for other processes within a step, where
         one may have run out of memory, and has a second buffer of all gradients. What it does at its start is done."""
         prepare = self.accelerator.prepare_model
-        self.accelerator.prepare_model = functools.partial(prepare, evaluation_mode=True)  # type: ignore[method-assign]
-        for parameter in self.core_model.parameters():
-            if parameter.requires_grad:
-                torch.distributed.broadcast(parameter.detach(), 0)
+
+        def prepare_apart(model: Any, device_placement: bool | None = None, evaluation_mode: bool = False) -> Any:
+            prepared = prepare(model, device_placement=device_placement, evaluation_mode=True)  # device and precision
+            for parameter in prepared.parameters():
+                if parameter.requires_grad:
+                    torch.distributed.broadcast(parameter.detach(), 0)
+            return prepared
+
+        self.accelerator.prepare_model = prepare_apart
 
     # ------------------------------------------------------------------------------------------------ data
 

@@ -1,5 +1,6 @@
 """Started by torchrun in test_distributed.py: `hrm train` that writes down how often a step sums gradients over the
-processes, and how many segments this process ran in it, as `sums-<rank>.json` in the working folder."""
+processes, whose weights begin apart, what one of them adds up to, and how many segments this process ran in it, as
+`sums-<rank>.json` in the working folder."""
 
 import json
 import os
@@ -11,8 +12,10 @@ from hrm.cli import main
 from hrm.modeling import HRMGemmaForCausalLM
 from hrm.trainer import HRMTrainer
 
-steps: list[dict[str, int]] = []
-average, step, forward = HRMTrainer._average, HRMTrainer.training_step, HRMGemmaForCausalLM.forward
+steps: list[dict[str, Any]] = []
+make, average, step, forward = (
+    HRMTrainer.__init__, HRMTrainer._average, HRMTrainer.training_step, HRMGemmaForCausalLM.forward,
+)  # fmt: skip
 
 
 class Counted:
@@ -35,8 +38,13 @@ def averaged(self: Any, gradients: Any, group: Any) -> None:
     assert steps[-1]["sums"]
 
 
+def made(self: Any, *args: Any, **kwargs: Any) -> None:
+    make(self, *args, **kwargs)
+    self.core_model.hrm.w_x.data += self.args.process_index  # which the first process's weights are to replace
+
+
 def stepped(self: Any, *args: Any, **kwargs: Any) -> Any:
-    steps.append({"sums": 0, "segments": 0})
+    steps.append({"sums": 0, "segments": 0, "w_x": float(self.core_model.hrm.w_x.detach().double().sum())})
     return step(self, *args, **kwargs)
 
 
@@ -49,7 +57,7 @@ def forwarded(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 if __name__ == "__main__":
     HRMTrainer.training_step, HRMGemmaForCausalLM.forward = stepped, forwarded  # type: ignore[method-assign]
-    HRMTrainer._average = averaged  # type: ignore[method-assign]
+    HRMTrainer.__init__, HRMTrainer._average = made, averaged  # type: ignore[method-assign]
     status = main(sys.argv[1:])
     Path(f"sums-{os.environ['RANK']}.json").write_text(json.dumps(steps))
     sys.exit(status)

@@ -146,6 +146,7 @@ def test_gradients_are_summed_once_a_step_whatever_the_segments(place: Path) -> 
     counted = [json.loads((place / f"sums-{rank}.json").read_text()) for rank in (0, 1)]
     assert [step["sums"] for steps_of_one in counted for step in steps_of_one] == [1] * 16
     assert any(a["segments"] != b["segments"] for a, b in zip(*counted, strict=True))
+    assert all(a["w_x"] == b["w_x"] for a, b in zip(*counted, strict=True))  # all have the first one's weights
 
 
 def test_a_run_goes_on_with_another_number_of_processes(place: Path) -> None:
