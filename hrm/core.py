@@ -120,8 +120,8 @@ class Call(NamedTuple):
     weights: Weights
     mixing: Mixing | None
     rule: HaltingRule
-    segments: int | None
-    keep_carry: bool
+    segments: int | None  # as `forward` takes it, and so is `look_ahead`
+    keep_carry: bool  # whether states are handed on: not with a cache
     look_ahead: bool
 
 

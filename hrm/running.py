@@ -63,7 +63,7 @@ def joined_processes() -> Iterator[PartialState]:
 
     def part() -> None:
         if _are_joined() and not joined_before:
-            # were a model's DDP the last to hold the group, it would wait for a thread of gloo that waits for the GIL
+            # were a model the last to hold the group, it would wait for a thread of gloo that waits for the GIL
             _parted.append(torch.distributed.group.WORLD)
             processes.destroy_process_group()
 

@@ -47,17 +47,18 @@ class SegmentLosses:
         config, weights = self._config, self._config.segment_weights
         if weights is not None and 1 < len(ran) > len(weights):
             raise ValueError(f"{len(ran)} segments ran; with hrm.segment_weights it should be at most {len(weights)}")
-        self._active = self._stacked("active", ran)
+        seen = ran if ahead is None else [*ran, ahead]
+        active = self._stacked("active", seen)
+        self._active = active[: len(ran)]
         if weights is None or len(ran) == 1:  # one counts as all there is
             self._shares = token_shares(self._active)
         else:
             self._shares = token_shares(self._active, torch.tensor(weights[: len(ran)], device=self._rows.device))
         if not config.act:
             return
-        seen = ran if ahead is None else [*ran, ahead]
         self._q, self._last = self._stacked("q", seen).detach(), self._stacked("last", seen)
         self._q_loss = QLoss(
-            self._q, self._stacked("active", seen), self._last, len(ran),
+            self._q, active, self._last, len(ran),
             price=config.segment_price, go_on=config.q_target == "bootstrap",
         )  # fmt: skip
 

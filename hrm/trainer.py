@@ -165,8 +165,8 @@ class HRMTrainer(Trainer):
     def _gradients(self, model: nn.Module, inputs: StepRows) -> Tensor | None:
         """The step's loss, with its gradients in place; None where it ran out of memory, with the parts made smaller.
 
-        But under FSDP processes meet before the step's parts and after them, never in between, where one may have
-        failed: gradients are averaged at the end.
+        Processes meet before the step's parts and after them, where gradients are averaged, never in between, where one
+        may have failed; only under FSDP they do, so that none can start over.
         """
         self._passed = inputs.segment > 0 and self._all_halted()
         if self._passed:  # the optimizer passes over what has no gradient

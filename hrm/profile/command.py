@@ -70,13 +70,12 @@ def plan_training(
 
     train, lengths = settings.train, lengths or [settings.data.max_length]
     rows = train.batch_size // processes
-    micro_batch = min(train.micro_batch or rows, rows)
     step = Step(
         tokens=max(lengths),
-        micro_batch=micro_batch,
+        micro_batch=min(train.micro_batch or rows, rows),
         batch=rows,
         packed=train.pack,
-        widest=lambda rows: widest_part(lengths, rows, train.batch_size),
+        widest=lambda size: widest_part(lengths, size, train.batch_size),
         segments=1 if train.update_every == "segment" else None,
         by_segment=segment_conflict(settings) is None,
         gradient_checkpointing=train.gradient_checkpointing,
