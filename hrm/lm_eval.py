@@ -26,9 +26,10 @@ class LmEvalSettings:
     run: str | None = None
     """Run folder or checkpoint, or the folder of a plain causal language model."""
     tasks: str = "gsm8k_local"
-    """Tasks, groups or tags, with commas between them: gsm8k_local (of this package), or any of lm-eval's."""
+    """Tasks, groups or tags, with commas between them: of this package gsm8k_local (right answers) and gsm8k_bits (how
+    likely the written-out ones are), or any of lm-eval's."""
     data: str | None = None
-    """For gsm8k_local: folder of test.jsonl and train.jsonl, or a file to test on with train.jsonl beside it; rows are
+    """For these two: folder of test.jsonl and train.jsonl, or a file to test on with train.jsonl beside it; rows are
     {"question": ..., "answer": ... that ends with #### NUMBER}. The few-shot examples come from train.jsonl."""
     include_path: str | None = None
     """Folder of further task files, which replace tasks of the same name."""
@@ -124,7 +125,8 @@ def _find_tasks(settings: Any) -> tuple[Any, list[Any]]:
         raise UsageError(f"tasks is {settings.tasks!r}, of which lm-eval does not know {unknown[0]!r}{close}")
     local = {name for name in names if _folder(manager, name) == TASK_FILES}
     if settings.data is not None and not local:
-        raise UsageError(f"data is {settings.data!r}; it should be null without a task that reads it: gsm8k_local")
+        own = " or ".join(sorted(path.stem for path in TASK_FILES.glob("*.yaml")))
+        raise UsageError(f"data is {settings.data!r}; it should be null without a task that reads it: {own}")
     return manager, [_local_task(manager.task_index[n].cfg, settings) if n in local else n for n in names]
 
 
@@ -162,7 +164,14 @@ def _local_task(config: dict[str, Any], settings: Any) -> dict[str, Any]:
         if (rows := _check_rows(train)) < shots:
             raise UsageError(f"num_fewshot is {shots}; it should be at most the rows of {train}, {rows}")
         files["train"] = str(train)
+    if config["output_type"] == "loglikelihood":
+        config = {**config, "process_results": _bits_per_byte}
     return {**config, "num_fewshot": shots, "dataset_kwargs": {"data_files": files}}
+
+
+def _bits_per_byte(doc: dict[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, tuple[float, int]]:
+    """Log-likelihood of one answer, nats, and its bytes, for lm-eval to add up over all answers."""
+    return {"bits_per_byte": (results[0][0], len(doc["answer"].encode("utf-8")))}
 
 
 def _check_rows(path: Path) -> int:

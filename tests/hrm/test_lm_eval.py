@@ -1,6 +1,7 @@
 """`hrm lm-eval`: lm-eval's numbers are those of decoding and scoring by hand, at any batch size, without the hub."""
 
 import json
+import math
 import re
 import socket
 import sys
@@ -159,6 +160,20 @@ def test_gsm8k_is_what_decoding_and_extracting_by_hand_gives(checkpoint, data, b
     kept = json.loads((tmp_path / "out" / "results.json").read_text())
     assert kept["results"] == json.loads(json.dumps(results["results"]))
     assert kept["segments_used"] == 2
+
+
+def test_bits_per_byte_are_the_likelihood_of_the_written_out_answers(checkpoint, data, capsys):
+    results = run(run=checkpoint, data=data, tasks="gsm8k_bits", segments=3)
+    rows = [json.loads(line) for line in (data / "test.jsonl").read_text().splitlines()]
+    model, tokenizer = load_trained(checkpoint), byte_tokenizer()
+    nats = [likelihood(model, tokenizer, f"Question: {r['question']}\nAnswer:", f" {r['answer']}") for r in rows]
+    expected = -sum(nats) / math.log(2) / sum(len(row["answer"].encode()) for row in rows)
+    assert results["results"]["gsm8k_bits"]["bits_per_byte,none"] == pytest.approx(expected, rel=1e-4)
+    assert "bits_per_byte" in capsys.readouterr().out
+    (one, *_) = run(run=checkpoint, data=data, tasks="gsm8k_bits", num_fewshot=2, limit=1)["samples"]["gsm8k_bits"]
+    assert re.fullmatch(
+        r"(Question: \d \+ 1\?\nAnswer: #### \d\n\n){2}Question: 2 \+ 3\?\nAnswer:", one["arguments"][0][0]
+    )
 
 
 def test_batch_size_changes_nothing(checkpoint, data, capitals):
