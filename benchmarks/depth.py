@@ -149,6 +149,27 @@ class Whitening:
             return ((x - self.mean) @ self.map).to(h.dtype)
 
 
+class Inside(torch.nn.Module):
+    """A layer of the backbone and a core behind it, in place of the layer.
+
+    What the core gives is added in units of the hidden state's own size, which grows from layer to layer. A module of
+    its own, since a compiled backbone takes a layer with a hook for the same as one without.
+    """
+
+    def __init__(self, layer: torch.nn.Module, core: HRMCore) -> None:
+        super().__init__()
+        self.layer, self.core = layer, core
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        h = self.layer(*args, **kwargs)
+        size = h.detach().float().pow(2).mean(-1, keepdim=True).sqrt()
+        return h + self._read(h) * size.to(h.dtype)
+
+    @torch.compiler.disable  # the core's kernels launch themselves
+    def _read(self, h: Tensor) -> Tensor:
+        return self.core.read_out(torch.zeros_like(h), self.core(h).z_h)
+
+
 class Run:
     """One arm with one seed."""
 
@@ -185,17 +206,11 @@ class Run:
         self._compiled = torch.compile(decoder.forward, dynamic=False) if on_gpu else decoder.forward
 
     def _inside(self, core: dict[str, Any], at: int) -> HRMCore:
-        """A core behind layer `at`, in the optimizer; what it gives is added in units of the hidden state's own size,
-        which grows from layer to layer."""
-        layers = self.model.get_decoder().layers
+        """A core behind layer `at`, in the optimizer."""
         inside = HRMCore(HRMConfig(**core, hidden_size=self.model.hrm.config.hidden_size)).to(self.device)
         self.optimizer.add_param_group({"params": list(inside.parameters()), "lr": self.options.core_lr})
-
-        def read(layer: object, given: object, h: Tensor) -> Tensor:
-            size = h.detach().float().pow(2).mean(-1, keepdim=True).sqrt()
-            return h + inside.read_out(torch.zeros_like(h), inside(h).z_h) * size.to(h.dtype)
-
-        layers[at - 1].register_forward_hook(read)
+        layers = self.model.get_decoder().layers
+        layers[at - 1] = Inside(layers[at - 1], inside)
         return inside
 
     def train(self, batches: Batches) -> dict[str, Any]:
@@ -247,6 +262,8 @@ class Run:
             losses.append(self._step(batches, chosen, parameters))
             self.steps += 1
             seconds = (self._now() if self.steps % 8 == 0 else time.perf_counter()) - began
+        if self._started and self.arm.core is not None and self.core.w_out.grad is None:
+            raise RuntimeError(f"{self.options.output}: the core of this arm was never run in training")
         parts = torch.stack(losses).tensor_split(min(20, len(losses)))
         return {"steps": self.steps, "seconds": seconds, "losses": [round(part.mean().item(), 4) for part in parts]}
 
