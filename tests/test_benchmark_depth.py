@@ -122,6 +122,17 @@ def test_a_core_inside_is_trained_and_the_layers_after_it_read_what_it_gives(
     assert found.keys() == {"trained", "N1 T2 M1", "N2 T2 M1", "N5 T2 M1", "N8 T2 M1", "N4 T4 M1"}
 
 
+def test_a_core_inside_is_trained_by_code_compiled_after_a_backbone_without_one(
+    options: argparse.Namespace, made: tuple
+) -> None:
+    (rows, _, _), tokenizer = made
+    for name in ("lora", "full"):
+        run = depth.Run(argparse.Namespace(**{**vars(options), "at": 1, "steps": 2}), name, 0)
+        run._compiled = torch.compile(run.model.get_decoder().forward, dynamic=False, backend="eager")
+        run.train(depth.Batches(rows, 8, tokenizer.pad_token_id, 0, torch.device("cpu")))
+    assert run.core.w_out.abs().sum() > 0
+
+
 def test_a_core_put_on_later_leaves_the_adapters_alone_before(options: argparse.Namespace, made: tuple) -> None:
     (rows, _, _), tokenizer = made
     losses = {}
